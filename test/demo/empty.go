@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+)
+
+// collecting is how long the collector may take to give space back after the
+// last deletion.
+const collecting = time.Minute
+
+// slabDir is where the dir engine keeps slabs, below a domain's path.
+const slabDir = "slabs"
+
+// proveEmpty checks what Quarry promises after everything was deleted: no
+// images, no slabs, no loop devices, no mounts. A few small superseded tags stay
+// for ten minutes, so that a listing that runs meanwhile is never misled.
+func proveEmpty(ctx context.Context, s *screen, q *quarry, dir string, places []*place) error {
+	volumes, err := q.ListVolumes(ctx, &csi.ListVolumesRequest{})
+	if err != nil {
+		return err
+	}
+	snapshots, err := q.ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
+	if err != nil {
+		return err
+	}
+	if v, n := len(volumes.GetEntries()), len(snapshots.GetEntries()); v+n > 0 {
+		return fmt.Errorf("%d volumes and %d snapshots are left", v, n)
+	}
+	s.proved("CSI lists no volume and no snapshot")
+
+	if err := within(ctx, collecting, func() error {
+		images, err := q.images(ctx)
+		if err == nil && len(images) > 0 {
+			err = fmt.Errorf("%d images are left, the first is %s (%s)", len(images), images[0].Handle, images[0].State)
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	s.proved("no image, hidden or deleted, is left in any domain")
+
+	for _, p := range places {
+		if err := within(ctx, collecting, func() error { return noSlabs(p.path) }); err != nil {
+			return err
+		}
+		s.proved("no slab is left in %s", p.domain)
+	}
+
+	devices, err := loops(dir)
+	if err != nil {
+		return err
+	}
+	for _, p := range places {
+		delete(devices, filepath.Join(dir, p.disk+".disk"))
+	}
+	if len(devices) > 0 {
+		return fmt.Errorf("loop devices are left: %v", devices)
+	}
+	s.proved("no loop device is left")
+
+	points, err := mounts(dir)
+	if err != nil {
+		return err
+	}
+	points = slices.DeleteFunc(points, func(at string) bool {
+		return slices.ContainsFunc(places, func(p *place) bool { return p.path == at })
+	})
+	if len(points) > 0 {
+		return fmt.Errorf("mounts are left: %s", strings.Join(points, ", "))
+	}
+	s.proved("no mount is left")
+	return nil
+}
+
+// noSlabs looks at the disk itself rather than asking Quarry.
+func noSlabs(path string) error {
+	var left []string
+	err := filepath.WalkDir(path, func(at string, e fs.DirEntry, err error) error {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil // removed meanwhile
+		case err != nil:
+			return err
+		case filepath.Base(filepath.Dir(at)) == slabDir:
+			left = append(left, e.Name())
+			if e.IsDir() {
+				return filepath.SkipDir
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return err
+	}
+	if len(left) > 0 {
+		return fmt.Errorf("slabs are left below %s: %s", path, strings.Join(left, ", "))
+	}
+	if _, err := os.Stat(filepath.Join(path, slabDir)); err != nil {
+		return fmt.Errorf("the slabs were to be looked for: %w", err)
+	}
+	return nil
+}
+
+// within repeats check until it succeeds or the time is up.
+func within(ctx context.Context, limit time.Duration, check func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	for {
+		err := check()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("after %s: %w", limit, err)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
