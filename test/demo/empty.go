@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
@@ -17,9 +15,6 @@ import (
 // collecting is how long the collector may take to give space back after the
 // last deletion.
 const collecting = time.Minute
-
-// slabDir is where the dir engine keeps slabs, below a domain's path.
-const slabDir = "slabs"
 
 // proveEmpty checks what Quarry promises after everything was deleted: no
 // images, no slabs, no loop devices, no mounts. A few small superseded tags stay
@@ -82,31 +77,17 @@ func proveEmpty(ctx context.Context, s *screen, q *quarry, dir string, places []
 	return nil
 }
 
-// noSlabs looks at the disk itself rather than asking Quarry.
+// noSlabs looks at the disk itself rather than asking Quarry: also for what is
+// half made or waits for its removal.
 func noSlabs(path string) error {
-	var left []string
-	err := filepath.WalkDir(path, func(at string, e fs.DirEntry, err error) error {
-		switch {
-		case errors.Is(err, fs.ErrNotExist):
-			return nil // removed meanwhile
-		case err != nil:
+	for _, folder := range []string{"slabs", "tmp", "trash"} {
+		entries, err := os.ReadDir(filepath.Join(path, folder))
+		if err != nil {
 			return err
-		case filepath.Base(filepath.Dir(at)) == slabDir:
-			left = append(left, e.Name())
-			if e.IsDir() {
-				return filepath.SkipDir
-			}
 		}
-		return nil
-	})
-	if err != nil {
-		return err
-	}
-	if len(left) > 0 {
-		return fmt.Errorf("slabs are left below %s: %s", path, strings.Join(left, ", "))
-	}
-	if _, err := os.Stat(filepath.Join(path, slabDir)); err != nil {
-		return fmt.Errorf("the slabs were to be looked for: %w", err)
+		if len(entries) > 0 {
+			return fmt.Errorf("%d slabs are left in %s, the first is %s", len(entries), filepath.Join(path, folder), entries[0].Name())
+		}
 	}
 	return nil
 }
