@@ -1,0 +1,184 @@
+package posix
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io/fs"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// CreateTag implements engine.Engine. A name stays taken while anything at all
+// is under it, also what is no tag any more.
+func (d *Directory) CreateTag(ctx context.Context, tag engine.Tag) error {
+	if err := errors.Join(engine.CheckTag(tag), Fault(ctx.Err())); err != nil {
+		return err
+	}
+	class, err := d.class(tag.Name, true)
+	if err != nil {
+		return Fault(err)
+	}
+	defer class.Close()
+	content := encodeTag(tag)
+	err = d.place(class, tag.Name, func(f *os.File) error { _, err := f.Write(content); return err })
+	if !errors.Is(err, fs.ErrExist) {
+		return Fault(err)
+	}
+	have, err := readTag(class, tag.Name, new(tagBuffer))
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fault.New(fault.Exists, "tag %q was taken, and was deleted meanwhile", tag.Name)
+	case err != nil:
+		return Fault(err)
+	case have.Record == nil:
+		return fault.New(fault.Exists, "tag %q is taken by something that cannot be read as a tag", tag.Name)
+	case have.Slab != tag.Slab || !bytes.Equal(have.Record, tag.Record):
+		return fault.New(fault.Exists, "tag %q is taken by another record", tag.Name)
+	}
+	return Fault(published(class)) // a lost reply; whoever made it may have stopped before this
+}
+
+// DeleteTag implements engine.Engine.
+func (d *Directory) DeleteTag(ctx context.Context, name string) error {
+	if err := errors.Join(engine.CheckName("tag name", name), Fault(ctx.Err())); err != nil {
+		return err
+	}
+	class, err := d.class(name, false)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	} else if err != nil {
+		return Fault(err)
+	}
+	defer class.Close()
+	switch err := unix.Unlinkat(int(class.Fd()), name, 0); err {
+	case nil, unix.ENOENT: // gone, but perhaps by someone who stopped before it was durable
+		return Fault(class.Sync())
+	case unix.EISDIR:
+		return fault.New(fault.Corrupt, "tag %q was replaced by a directory: look at %s and remove it by hand", name, class.Name())
+	default:
+		return Fault(&os.PathError{Op: "unlink", Path: class.Name() + "/" + name, Err: err})
+	}
+}
+
+// ListTags implements engine.Engine. It reads only the classes that can hold
+// the prefix.
+func (d *Directory) ListTags(ctx context.Context, prefix string) ([]engine.Tag, error) {
+	ctx, cancel := context.WithTimeout(ctx, engine.ListingLimit)
+	defer cancel()
+	var tags []engine.Tag
+	var buf tagBuffer
+	list := func(_ *os.File, class string) error {
+		if engine.CheckName("class", class) != nil {
+			return nil // no tag's class
+		}
+		return each(ctx, d.tags, class, func(folder *os.File, name string) error {
+			if !strings.HasPrefix(name, prefix) || engine.CheckName("tag name", name) != nil || classOf(name) != class {
+				return nil // no tag, and no tag can take this name
+			}
+			tag, err := readTag(folder, name, &buf)
+			if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESTALE) {
+				return nil // deleted meanwhile
+			} else if err == nil {
+				tags = append(tags, tag)
+			}
+			return err
+		})
+	}
+	if class, _, whole := strings.Cut(prefix, "."); whole {
+		if err := list(nil, class); !errors.Is(err, fs.ErrNotExist) {
+			return tags, Fault(err)
+		}
+		return nil, nil
+	}
+	return tags, Fault(each(ctx, d.tags, ".", func(_ *os.File, class string) error {
+		if !strings.HasPrefix(class, prefix) {
+			return nil
+		}
+		return list(nil, class)
+	}))
+}
+
+func classOf(name string) string {
+	class, _, _ := strings.Cut(name, ".")
+	return class
+}
+
+// class opens the folder of a tag's class. With create, it is there and durable
+// afterwards: also when another process has just made it and not yet synced it.
+func (d *Directory) class(name string, create bool) (*os.File, error) {
+	class := classOf(name)
+	if _, durable := d.classes.Load(class); create && !durable {
+		if err := unix.Mkdirat(int(d.tags.Fd()), class, 0o700); err != nil && err != unix.EEXIST {
+			return nil, &os.PathError{Op: "mkdir", Path: d.tags.Name() + "/" + class, Err: err}
+		}
+		if err := d.tags.Sync(); err != nil {
+			return nil, err
+		}
+		d.classes.Store(class, nil)
+	}
+	return openat(d.tags, class, unix.O_RDONLY|unix.O_DIRECTORY)
+}
+
+// tagBuffer is larger than any tag's file: a longer one is not what was written.
+type tagBuffer [1024]byte
+
+const tagHeader = "quarry tag 1 "
+
+// encodeTag renders a tag's file: a line with slab ("-": none), length and
+// checksum, then the record. The checksum covers the name too.
+func encodeTag(t engine.Tag) []byte {
+	slab := t.Slab
+	if slab == "" {
+		slab = "-"
+	}
+	return fmt.Appendf(nil, tagHeader+"%s %d %08x\n%s", slab, len(t.Record), tagSum(t.Name, slab, t.Record), t.Record)
+}
+
+func tagSum(name, slab string, record []byte) uint32 {
+	return crc32.Update(crc32.ChecksumIEEE([]byte(name+" "+slab+" ")), crc32.IEEETable, record)
+}
+
+// readTag reads a tag's file. One that does not hold what encodeTag wrote, or
+// that the disk cannot read, gives a tag with a nil Record and an empty Slab.
+func readTag(dir *os.File, name string, buf *tagBuffer) (engine.Tag, error) {
+	bad := engine.Tag{Name: name}
+	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err == nil {
+		defer unix.Close(fd)
+		var n int
+		if n, err = unix.Read(fd, buf[:]); err == nil {
+			return decodeTag(name, buf[:n]), nil
+		}
+	}
+	switch err {
+	case unix.ELOOP, unix.EISDIR, unix.ENXIO, unix.EAGAIN, unix.EINVAL, unix.EIO:
+		return bad, nil // a symlink, a directory, a pipe, a bad sector
+	}
+	return bad, &os.PathError{Op: "read", Path: dir.Name() + "/" + name, Err: err}
+}
+
+func decodeTag(name string, content []byte) engine.Tag {
+	bad := engine.Tag{Name: name}
+	head, record, ok := bytes.Cut(content, []byte("\n"))
+	rest, known := strings.CutPrefix(string(head), tagHeader)
+	fields := strings.Fields(rest)
+	if !ok || !known || len(fields) != 3 {
+		return bad
+	}
+	slab := fields[0]
+	if rest != fmt.Sprintf("%s %d %08x", slab, len(record), tagSum(name, slab, record)) {
+		return bad
+	}
+	if slab == "-" {
+		slab = ""
+	}
+	return engine.Tag{Name: name, Slab: slab, Record: append([]byte{}, record...)}
+}
