@@ -96,7 +96,7 @@ func (Exec) Run(ctx context.Context, c Command) (Result, error) {
 	case err == nil:
 		return res, nil
 	case errors.Is(err, exec.ErrNotFound):
-		return res, fault.New(fault.Unsupported, "program %q is not installed", c.Name)
+		return res, missing(c.Name)
 	case ctx.Err() != nil:
 		return res, fault.New(fault.KindOf(ctx.Err()), "%s: %w", c, ctx.Err())
 	case errors.As(err, &exit):

@@ -1,0 +1,162 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// The filesystems that Quarry makes.
+const (
+	Ext4  = "ext4"
+	XFS   = "xfs"
+	Btrfs = "btrfs"
+)
+
+// toolTimeout bounds mkfs, fsck and resize of very large images.
+const toolTimeout = time.Hour
+
+// MinimumSize is the smallest device in bytes that a filesystem is made on.
+// fault.Invalid: the filesystem is not known.
+func MinimumSize(fsType string) (int64, error) {
+	switch fsType {
+	case Ext4:
+		return 8 << 20, nil // below, 4 KiB blocks leave no room for a journal
+	case XFS:
+		return 300 << 20, nil // mkfs.xfs 6.0 and newer refuse less
+	case Btrfs:
+		return 110 << 20, nil // two copies of the metadata; mkfs.btrfs 6.2 asks for 109 MiB
+	}
+	return 0, fault.New(fault.Invalid, "filesystem %q is not known: %s, %s or %s", fsType, Ext4, XFS, Btrfs)
+}
+
+// CheckFilesystem verifies that a filesystem can be made on size bytes.
+// fault.Invalid: unknown. fault.OutOfRange: too small.
+func CheckFilesystem(fsType string, size int64) error {
+	least, err := MinimumSize(fsType)
+	if err != nil {
+		return err
+	}
+	if size < least {
+		return fault.New(fault.OutOfRange, "%s needs at least %d bytes (%d MiB), and the volume has %d", fsType, least, least>>20, size)
+	}
+	return nil
+}
+
+// Format makes a filesystem on a device that holds nothing worth keeping and
+// reads as zero where nothing was written. It is durable on return.
+func (l *Local) Format(ctx context.Context, device, fsType string, size int64) error {
+	if err := CheckFilesystem(fsType, size); err != nil {
+		return err
+	}
+	var args []string
+	switch fsType {
+	case Ext4:
+		// No blocks for root: the image is one workload's. 4 KiB blocks however
+		// small the image is, since it may grow. The slab reads as zero, so neither
+		// inode tables nor journal are written now: a sparse slab stays sparse.
+		args = []string{"-F", "-q", "-m", "0", "-b", "4096", "-E", "nodiscard,lazy_itable_init=1,lazy_journal_init=1"}
+	case XFS:
+		// 4 KiB sectors: the image can move to storage whose sectors are that large.
+		args = []string{"-f", "-q", "-K", "-s", "size=4096"}
+	case Btrfs:
+		args = []string{"-f", "-q", "-K"}
+	}
+	_, err := l.run.Run(ctx, Command{Name: "mkfs." + fsType, Args: append(args, device), Timeout: toolTimeout})
+	var exit *ExitError
+	if errors.As(err, &exit) {
+		return fault.New(fault.Unavailable, "make %s on %s: %w", fsType, device, err)
+	}
+	if err != nil {
+		return err
+	}
+	return l.SyncDevice(ctx, device)
+}
+
+// Check repairs an unmounted filesystem before it is mounted for writing, as
+// the kubelet does: small things automatically; what needs a person is
+// fault.Corrupt. note is for the log. xfs and btrfs check themselves when mounted.
+func (l *Local) Check(ctx context.Context, device, fsType string) (note string, err error) {
+	if fsType != Ext4 {
+		return "", nil
+	}
+	res, err := l.run.Run(ctx, Command{Name: "fsck.ext4", Args: []string{"-a", device}, Timeout: toolTimeout})
+	var exit *ExitError
+	if !errors.As(err, &exit) {
+		return "", err
+	}
+	said := strings.TrimSpace(string(res.Stdout) + string(res.Stderr))
+	const corrected, uncorrected = 1, 4 // fsck(8)
+	switch {
+	case exit.Result.ExitCode&uncorrected != 0:
+		return "", fault.New(fault.Corrupt, "fsck found errors on %s that it does not repair by itself: run \"e2fsck -f\" on it, or restore a snapshot: %s", device, said)
+	case exit.Result.ExitCode == corrected:
+		return "fsck repaired " + device + ": " + said, nil
+	}
+	return "fsck of " + device + " could not finish, the mount decides: " + said, nil
+}
+
+// GrowFilesystem lets the filesystem mounted at point fill its device. One
+// that fills it already is success.
+func (l *Local) GrowFilesystem(ctx context.Context, fsType, device, point string) error {
+	var c Command
+	switch fsType {
+	case Ext4:
+		c = Command{Name: "resize2fs", Args: []string{device}}
+	case XFS:
+		c = Command{Name: "xfs_growfs", Args: []string{"-d", point}}
+	case Btrfs:
+		c = Command{Name: "btrfs", Args: []string{"filesystem", "resize", "max", point}}
+	default:
+		_, err := MinimumSize(fsType)
+		return err
+	}
+	c.Timeout = toolTimeout
+	_, err := l.run.Run(ctx, c)
+	var exit *ExitError
+	if errors.As(err, &exit) {
+		return fault.New(fault.Unavailable, "grow %s on %s: %w", fsType, device, err)
+	}
+	return err
+}
+
+// SeparateBtrfs makes sure that a btrfs can be mounted beside another one with
+// the same filesystem ID, such as the source of a clone. Kernels from 6.7 on
+// give the second one a temporary ID and nothing needs to be written; older
+// ones mix the two up, so there the image gets an ID of its own first.
+func (l *Local) SeparateBtrfs(ctx context.Context, device, uuid string, readOnly bool) error {
+	return l.separateBtrfs(ctx, "/sys/fs/btrfs", device, uuid, readOnly)
+}
+
+func (l *Local) separateBtrfs(ctx context.Context, sysfs, device, uuid string, readOnly bool) error {
+	if exists(filepath.Join(sysfs, "features/temp_fsid")) || !exists(filepath.Join(sysfs, uuid)) {
+		return nil
+	}
+	const why = "%s is btrfs with the ID %s, which is already mounted on this node"
+	if readOnly {
+		return fault.New(fault.Unsupported, why+", and cannot get another one because it is read-only: Linux 6.7 or newer is needed, or a node that does not use its relatives", device, uuid)
+	}
+	sb, err := l.Superblock(ctx, device, Btrfs)
+	if err != nil {
+		return err
+	}
+	if sb.Dirty { // btrfstune would make the log unreadable
+		return fault.New(fault.Unsupported, why+", and cannot get another one before its log was replayed: Linux 6.7 or newer is needed, or a node that does not use its relatives", device, uuid)
+	}
+	_, err = l.run.Run(ctx, Command{Name: "btrfstune", Args: []string{"-m", device}, Timeout: toolTimeout})
+	var exit *ExitError
+	if errors.As(err, &exit) {
+		return fault.New(fault.Unavailable, "give the btrfs on %s an ID of its own: %w", device, err)
+	}
+	return err
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
+}

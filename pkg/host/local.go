@@ -1,0 +1,166 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// How long the kernel may take for an answer that needs no data to move, and
+// for one that has to write out what is dirty.
+const (
+	quick = 10 * time.Second
+	flush = 5 * time.Minute
+)
+
+// Local is the host that this process runs on: its mounts, devices and
+// filesystems. Nothing is remembered that the kernel does not know.
+type Local struct {
+	run   Runner
+	guard Guard
+
+	mu    sync.Mutex
+	marks map[int]Loop // by number, valid for one disk sequence
+}
+
+// NewLocal returns the host on which programs are started with run.
+func NewLocal(run Runner) *Local { return &Local{run: run, marks: map[int]Loop{}} }
+
+// Abandoned is how many system calls hang now.
+func (l *Local) Abandoned() int { return l.guard.Abandoned() }
+
+// Usage of a filesystem.
+type Usage struct {
+	Total, Used, Available         int64 // bytes
+	Inodes, InodesUsed, InodesFree int64 // zero where the filesystem counts none
+}
+
+// Usage measures the filesystem at path. It never waits longer than 10 s.
+func (l *Local) Usage(ctx context.Context, path string) (Usage, error) {
+	st, err := guarded(ctx, &l.guard, "statfs "+path, quick, func() (unix.Statfs_t, error) {
+		var st unix.Statfs_t
+		err := unix.Statfs(path, &st)
+		return st, ioError("measure", path, err)
+	})
+	if err != nil {
+		return Usage{}, err
+	}
+	u := Usage{
+		Total:      int64(st.Blocks) * st.Bsize,
+		Available:  int64(st.Bavail) * st.Bsize,
+		Used:       int64(st.Blocks-st.Bfree) * st.Bsize,
+		Inodes:     int64(st.Files),
+		InodesFree: int64(st.Ffree),
+	}
+	u.InodesUsed = u.Inodes - u.InodesFree
+	return u, nil
+}
+
+// FileInfo is what stat says of a path, itself and not what it links to.
+type FileInfo struct {
+	Mode       fs.FileMode
+	Size       int64 // of a block device too
+	Dev, Inode uint64
+	RDev       uint64 // the number of a device node
+	GID        uint32
+}
+
+// Stat describes a path without following a symbolic link at its end.
+// fault.NotFound: nothing is there. It never waits longer than 10 s.
+func (l *Local) Stat(ctx context.Context, path string) (FileInfo, error) {
+	return guarded(ctx, &l.guard, "stat "+path, quick, func() (FileInfo, error) { return stat(path) })
+}
+
+func stat(path string) (FileInfo, error) {
+	fi, err := os.Lstat(path)
+	if err != nil {
+		return FileInfo{}, ioError("stat", path, err)
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(path, &st); err != nil {
+		return FileInfo{}, ioError("stat", path, err)
+	}
+	return FileInfo{Mode: fi.Mode(), Size: fi.Size(), Dev: st.Dev, Inode: st.Ino, RDev: st.Rdev, GID: st.Gid}, nil
+}
+
+// Sync writes out the filesystem that path is on. The error tells that
+// something that was written earlier has been lost.
+func (l *Local) Sync(ctx context.Context, path string) error {
+	return l.guard.Do(ctx, "sync "+path, flush, func() error {
+		f, err := os.Open(path)
+		if err != nil {
+			return ioError("sync", path, err)
+		}
+		defer f.Close()
+		return ioError("sync", path, unix.Syncfs(int(f.Fd())))
+	})
+}
+
+// SyncDevice writes out a block device's cache and that of what is below.
+func (l *Local) SyncDevice(ctx context.Context, device string) error {
+	return l.guard.Do(ctx, "sync "+device, flush, func() error {
+		f, err := os.OpenFile(device, os.O_RDONLY, 0)
+		if err != nil {
+			return ioError("sync", device, err)
+		}
+		defer f.Close()
+		return ioError("sync", device, f.Sync())
+	})
+}
+
+// ReadDevice reads the first 4 KiB of a block device past every cache: an
+// error is what a workload would get.
+func (l *Local) ReadDevice(ctx context.Context, device string) error {
+	return l.guard.Do(ctx, "read "+device, quick, func() error {
+		f, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
+		if err != nil {
+			return ioError("read", device, err)
+		}
+		defer f.Close()
+		buf, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // aligned
+		if err != nil {
+			return fault.Wrap(fault.Internal, err)
+		}
+		defer func() { _ = unix.Munmap(buf) }()
+		n, err := unix.Pread(int(f.Fd()), buf, 0)
+		if err == nil && n == 0 {
+			return fault.New(fault.Corrupt, "read %s: the device is empty", device)
+		}
+		return ioError("read", device, err)
+	})
+}
+
+// ioError gives the error of a system call its kind. nil stays nil.
+func ioError(op, path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	var errno unix.Errno
+	var kind fault.Kind
+	switch {
+	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ENOTDIR):
+		kind = fault.NotFound
+	case errors.Is(err, fs.ErrPermission), errors.Is(err, unix.EROFS):
+		kind = fault.Permission
+	case errors.Is(err, unix.ENOSPC), errors.Is(err, unix.EDQUOT):
+		kind = fault.Exhausted
+	case errors.Is(err, unix.EBUSY), errors.Is(err, unix.ENOTEMPTY):
+		kind = fault.InUse
+	case errors.As(err, &errno):
+		kind = fault.Unavailable
+	default:
+		kind = fault.Internal
+	}
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		err = pe.Err
+	}
+	return fault.New(kind, "%s %s: %w", op, path, err)
+}

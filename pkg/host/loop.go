@@ -1,0 +1,497 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// MaxMark is the longest mark of a loop device in bytes: LO_NAME_SIZE without its end.
+const MaxMark = 63
+
+// Loop is a loop device that has a file (or a device) behind it.
+type Loop struct {
+	Path    string // "/dev/loop3"
+	Number  int
+	Backing string // as the kernel shows it; ends in " (deleted)" when it is
+	// Mark is what the one who attached it wrote into the device's status.
+	Mark string
+	// The backing file's device and inode, and its number if it is a device itself.
+	Dev, Inode, RDev uint64
+	ReadOnly         bool
+	// DirectIO: the backing file is read and written past the page cache.
+	DirectIO bool
+	Size     int64 // bytes
+	sequence string
+}
+
+// LoopSpec says what loop device to make.
+type LoopSpec struct {
+	File string // a regular file or a block device
+	// Size of the device in bytes; the file must be at least that large.
+	Size     int64
+	ReadOnly bool
+	// Mark by which the device is found again: 1 to MaxMark bytes.
+	Mark string
+}
+
+const loopTimeout = 30 * time.Second
+
+// AttachLoop returns the loop device over a file, and makes it if there is
+// none: concurrent callers, in other processes too, get the same one. Direct
+// I/O is used where the file's storage can.
+//
+// fault.Corrupt: the file is shorter than Size. fault.InUse: the file has a
+// loop device with another mark, or one in use the other way (read-only or not).
+func (l *Local) AttachLoop(ctx context.Context, spec LoopSpec) (Loop, error) {
+	if spec.Mark == "" || len(spec.Mark) > MaxMark {
+		return Loop{}, fault.New(fault.Internal, "loop device for %s: mark %q has %d bytes: 1 to %d are allowed", spec.File, spec.Mark, len(spec.Mark), MaxMark)
+	}
+	return guarded(ctx, &l.guard, "attach a loop device to "+spec.File, loopTimeout, func() (Loop, error) {
+		flags := os.O_RDWR
+		if spec.ReadOnly {
+			flags = os.O_RDONLY
+		}
+		f, err := os.OpenFile(spec.File, flags, 0)
+		if err != nil {
+			return Loop{}, ioError("open", spec.File, err)
+		}
+		defer f.Close()
+		if err := largeEnough(f, spec.Size); err != nil {
+			return Loop{}, err
+		}
+		unlock, err := lockLoops(ctx, f)
+		if err != nil {
+			return Loop{}, err
+		}
+		defer unlock()
+		found, err := l.loopOf(ctx, f)
+		if err != nil {
+			return Loop{}, err
+		}
+		if found != nil {
+			lp, ok, err := l.reuseLoop(ctx, *found, spec)
+			if ok || err != nil {
+				return lp, err
+			}
+		}
+		return l.newLoop(ctx, f, spec)
+	})
+}
+
+// largeEnough refuses a file shorter than the size that was recorded.
+func largeEnough(f *os.File, size int64) error {
+	have, err := f.Seek(0, 2) // the size of a block device too
+	if err != nil {
+		return ioError("measure", f.Name(), err)
+	}
+	if have < size {
+		return fault.New(fault.Corrupt, "%s is truncated: it has %d bytes and %d were recorded", f.Name(), have, size)
+	}
+	return nil
+}
+
+// lockLoops lets one process at a time attach a file. The lock is the file's
+// own; where the storage has no locks, it is that of all loop devices.
+func lockLoops(ctx context.Context, f *os.File) (func(), error) {
+	err := flock(ctx, f)
+	if err == nil {
+		return func() { _ = unix.Flock(int(f.Fd()), unix.LOCK_UN) }, nil
+	}
+	if errors.Is(err, fault.Canceled) || errors.Is(err, fault.Deadline) {
+		return nil, err
+	}
+	c, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return nil, loopError(err)
+	}
+	if err := flock(ctx, c); err != nil {
+		c.Close()
+		return nil, err
+	}
+	return func() { c.Close() }, nil
+}
+
+func flock(ctx context.Context, f *os.File) error {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return ioError("lock", f.Name(), err)
+		}
+		select {
+		case <-ctx.Done():
+			return fault.New(fault.KindOf(ctx.Err()), "lock %s: %w", f.Name(), ctx.Err())
+		case <-tick.C:
+		}
+	}
+}
+
+// loopOf finds the loop device over an open file by device and inode: names
+// change, and may be those of another mount namespace.
+func (l *Local) loopOf(ctx context.Context, f *os.File) (*Loop, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return nil, ioError("stat", f.Name(), err)
+	}
+	isDevice := st.Mode&unix.S_IFMT == unix.S_IFBLK
+	loops, unknown, err := l.loops(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, lp := range loops {
+		if isDevice && lp.RDev == st.Rdev || !isDevice && lp.RDev == 0 && lp.Dev == st.Dev && lp.Inode == st.Ino {
+			return &lp, nil
+		}
+	}
+	// A device whose storage does not answer cannot be asked. It is over this
+	// file only if it has its name: slabs have names of their own.
+	for _, lp := range unknown {
+		if filepath.Base(strings.TrimSuffix(lp.Backing, " (deleted)")) == filepath.Base(f.Name()) {
+			return nil, fault.New(fault.Unavailable, "%s over %s does not answer: its storage cannot be reached", lp.Path, lp.Backing)
+		}
+	}
+	return nil, nil
+}
+
+// reuseLoop takes an existing device over. ok is false when a new one must be made.
+func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec) (_ Loop, ok bool, _ error) {
+	if lp.Mark != spec.Mark {
+		return lp, false, fault.New(fault.InUse, "%s has the loop device %s, which was not made for this volume (mark %q): detach it with \"losetup -d %s\"", spec.File, lp.Path, lp.Mark, lp.Path)
+	}
+	if lp.ReadOnly != spec.ReadOnly {
+		return lp, false, l.detachLoop(ctx, lp)
+	}
+	d, err := os.OpenFile(lp.Path, os.O_RDONLY, 0) // while it is open it stays
+	if err != nil {
+		return lp, false, ioError("open", lp.Path, err)
+	}
+	defer d.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(d.Fd()))
+	if errors.Is(err, unix.ENXIO) {
+		return lp, false, nil // it went meanwhile
+	}
+	if err != nil {
+		return lp, false, ioError("ask", lp.Path, err)
+	}
+	if info.Flags&unix.LO_FLAGS_AUTOCLEAR != 0 { // on its way out with its last user
+		info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
+		if err := unix.IoctlLoopSetStatus64(int(d.Fd()), info); err != nil {
+			return lp, false, ioError("keep", lp.Path, err)
+		}
+	}
+	if lp.Size < spec.Size {
+		lp, err = growLoop(d, lp, spec.Size)
+	}
+	return lp, err == nil, err
+}
+
+func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec) (Loop, error) {
+	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	if err != nil {
+		return Loop{}, loopError(err)
+	}
+	defer control.Close()
+	have, err := f.Seek(0, 2)
+	if err != nil {
+		return Loop{}, ioError("measure", f.Name(), err)
+	}
+	cfg := unix.LoopConfig{Fd: uint32(f.Fd()), Size: uint32(sectorSize(f, spec.Size))}
+	cfg.Info.Flags = unix.LO_FLAGS_DIRECT_IO // the kernel leaves it out where it cannot
+	if spec.ReadOnly {
+		cfg.Info.Flags |= unix.LO_FLAGS_READ_ONLY
+	}
+	if have > spec.Size { // without need no limit: it makes growing simpler
+		cfg.Info.Sizelimit = uint64(spec.Size)
+	}
+	copy(cfg.Info.File_name[:MaxMark], spec.Mark)
+	for {
+		if err := ctx.Err(); err != nil {
+			return Loop{}, fault.New(fault.KindOf(err), "attach a loop device to %s: %w", spec.File, err)
+		}
+		n, err := unix.IoctlRetInt(int(control.Fd()), unix.LOOP_CTL_GET_FREE)
+		if err != nil {
+			return Loop{}, loopError(err)
+		}
+		taken, err := configure(n, &cfg)
+		if err != nil {
+			return Loop{}, err
+		}
+		if taken {
+			continue // somebody else was faster
+		}
+		return l.loop(ctx, n)
+	}
+}
+
+func configure(n int, cfg *unix.LoopConfig) (taken bool, err error) {
+	path, err := loopNode(n)
+	if err != nil {
+		return false, err
+	}
+	d, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return false, ioError("open", path, err)
+	}
+	defer d.Close()
+	err = unix.IoctlLoopConfigure(int(d.Fd()), cfg)
+	if errors.Is(err, unix.EBUSY) {
+		return true, nil
+	}
+	return false, ioError("configure", path, err)
+}
+
+// loopNode returns the device node, and makes it where /dev is not the kernel's own.
+func loopNode(n int) (string, error) {
+	path := fmt.Sprintf("/dev/loop%d", n)
+	const loopMajor = 7
+	err := unix.Mknod(path, unix.S_IFBLK|0o600, int(unix.Mkdev(loopMajor, uint32(n))))
+	if err != nil && !errors.Is(err, unix.EEXIST) {
+		return "", ioError("make", path, err)
+	}
+	return path, nil
+}
+
+// sectorSize is 512, which suits every filesystem and partition table, unless
+// direct I/O to the file needs more and the size is a multiple of that.
+func sectorSize(f *os.File, size int64) int64 {
+	const least, most = 512, 4096
+	var st unix.Statx_t
+	err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
+	need := int64(st.Dio_offset_align)
+	if err != nil || st.Mask&unix.STATX_DIOALIGN == 0 || need <= least || need > most || size%need != 0 {
+		return least
+	}
+	return need
+}
+
+// GrowLoop lets a device show size bytes of its file. A device that is as
+// large already is success. fault.Corrupt: the file is shorter.
+func (l *Local) GrowLoop(ctx context.Context, lp Loop, size int64) (Loop, error) {
+	return guarded(ctx, &l.guard, "grow "+lp.Path, loopTimeout, func() (Loop, error) {
+		d, err := l.openSame(lp, os.O_RDONLY)
+		if err != nil {
+			return lp, err
+		}
+		defer d.Close()
+		return growLoop(d, lp, size)
+	})
+}
+
+func growLoop(d *os.File, lp Loop, size int64) (Loop, error) {
+	if lp.Size >= size {
+		return lp, nil
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(d.Fd()))
+	if err != nil {
+		return lp, ioError("ask", lp.Path, err)
+	}
+	if info.Sizelimit != 0 {
+		info.Sizelimit = uint64(size)
+		err = unix.IoctlLoopSetStatus64(int(d.Fd()), info)
+	} else if err = unix.IoctlSetInt(int(d.Fd()), unix.LOOP_SET_CAPACITY, 0); err == nil {
+		if lp.Size, err = d.Seek(0, 2); err == nil && lp.Size > size {
+			info.Sizelimit = uint64(size) // the file is larger than was recorded
+			err = unix.IoctlLoopSetStatus64(int(d.Fd()), info)
+		}
+	}
+	if err != nil {
+		return lp, ioError("grow", lp.Path, err)
+	}
+	if lp.Size, err = d.Seek(0, 2); err != nil {
+		return lp, ioError("measure", lp.Path, err)
+	}
+	if lp.Size < size {
+		return lp, fault.New(fault.Corrupt, "%s is truncated: it gives %s %d bytes and %d were recorded", lp.Backing, lp.Path, lp.Size, size)
+	}
+	return lp, nil
+}
+
+// DetachLoop writes out and takes a device down; one that is gone already is
+// success. fault.InUse: it is mounted somewhere, or a process has it open: in
+// that case it goes as soon as that process closes it.
+func (l *Local) DetachLoop(ctx context.Context, lp Loop) error {
+	return l.guard.Do(ctx, "detach "+lp.Path, flush, func() error { return l.detachLoop(ctx, lp) })
+}
+
+func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
+	// Exclusive, because the kernel would otherwise only mark a mounted device
+	// to go with its last user, whoever that may be by then.
+	d, err := l.openSame(lp, os.O_RDONLY|unix.O_EXCL)
+	switch {
+	case errors.Is(err, fault.NotFound):
+		return nil
+	case err != nil:
+		return err
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return ioError("sync", lp.Path, err)
+	}
+	err = unix.IoctlSetInt(int(d.Fd()), unix.LOOP_CLR_FD, 0)
+	if err != nil && !errors.Is(err, unix.ENXIO) {
+		return ioError("detach", lp.Path, err)
+	}
+	d.Close() // the kernel takes it down with the last close
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	patience := time.NewTimer(quick)
+	defer patience.Stop()
+	for sequence(lp.Number) == lp.sequence && exists(sysLoop(lp.Number)+"/loop/backing_file") {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return fault.New(fault.KindOf(ctx.Err()), "detach %s: %w", lp.Path, ctx.Err())
+		case <-patience.C:
+			return fault.New(fault.InUse, "%s over %s is still open in another process: it goes when that process closes it", lp.Path, lp.Backing)
+		}
+	}
+	return nil
+}
+
+// openSame opens a device if it is still over the same file. fault.NotFound: it is not.
+func (l *Local) openSame(lp Loop, flags int) (*os.File, error) {
+	d, err := os.OpenFile(lp.Path, flags, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return nil, fault.New(fault.InUse, "%s over %s is mounted or claimed by another device", lp.Path, lp.Backing)
+	}
+	if err != nil {
+		return nil, ioError("open", lp.Path, err)
+	}
+	info, err := unix.IoctlLoopGetStatus64(int(d.Fd()))
+	if err == nil && (info.Device != lp.Dev || info.Inode != lp.Inode || mark(info) != lp.Mark) {
+		err = unix.ENXIO
+	}
+	if errors.Is(err, unix.ENXIO) {
+		d.Close()
+		return nil, fault.New(fault.NotFound, "%s is no longer over %s", lp.Path, lp.Backing)
+	}
+	if err != nil {
+		d.Close()
+		return nil, ioError("ask", lp.Path, err)
+	}
+	return d, nil
+}
+
+// Loops returns the loop devices that match. When none does and a device could
+// not be asked because its storage does not answer, the error is fault.Unavailable.
+func (l *Local) Loops(ctx context.Context, match func(Loop) bool) ([]Loop, error) {
+	all, unknown, err := l.loops(ctx)
+	if err != nil {
+		return nil, err
+	}
+	var out []Loop
+	for _, lp := range all {
+		if match(lp) {
+			out = append(out, lp)
+		}
+	}
+	if len(out) == 0 && len(unknown) > 0 {
+		return nil, fault.New(fault.Unavailable, "%s over %s does not answer, so nobody knows whose it is: its storage cannot be reached", unknown[0].Path, unknown[0].Backing)
+	}
+	return out, nil
+}
+
+// loops lists every loop device; unknown are those that could not be asked.
+func (l *Local) loops(ctx context.Context) (known, unknown []Loop, err error) {
+	dirs, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, nil, fault.Wrap(fault.Internal, err)
+	}
+	for _, d := range dirs {
+		n, err := strconv.Atoi(strings.TrimPrefix(strings.Split(d, "/")[3], "loop"))
+		if err != nil {
+			continue
+		}
+		lp, err := l.loop(ctx, n)
+		switch {
+		case err == nil:
+			known = append(known, lp)
+		case errors.Is(err, fault.NotFound): // went meanwhile
+		case ctx.Err() != nil:
+			return nil, nil, err
+		default:
+			unknown = append(unknown, lp)
+		}
+	}
+	return known, unknown, nil
+}
+
+// loop asks one device. What never changes during its life is asked once,
+// because the kernel looks at the backing file for it, which may hang.
+func (l *Local) loop(ctx context.Context, n int) (Loop, error) {
+	lp := Loop{Number: n, Path: fmt.Sprintf("/dev/loop%d", n), sequence: sequence(n)}
+	lp.Backing = sysfs(n, "loop/backing_file")
+	l.mu.Lock()
+	known, ok := l.marks[n]
+	l.mu.Unlock()
+	if !ok || known.sequence != lp.sequence || lp.sequence == "" {
+		var err error
+		known, err = guarded(ctx, &l.guard, "ask "+lp.Path+" #"+lp.sequence, quick, func() (Loop, error) { return ask(lp) })
+		if err != nil {
+			return lp, err
+		}
+		l.mu.Lock()
+		l.marks[n] = known
+		l.mu.Unlock()
+	}
+	lp.Mark, lp.Dev, lp.Inode, lp.RDev = known.Mark, known.Dev, known.Inode, known.RDev
+	lp.ReadOnly = sysfs(n, "ro") == "1"
+	lp.DirectIO = sysfs(n, "loop/dio") == "1"
+	sectors, err := strconv.ParseInt(sysfs(n, "size"), 10, 64)
+	if err != nil || lp.Backing == "" {
+		return lp, fault.New(fault.NotFound, "%s went away", lp.Path)
+	}
+	lp.Size = sectors * 512
+	return lp, nil
+}
+
+func ask(lp Loop) (Loop, error) {
+	d, err := os.Open(lp.Path)
+	if err != nil {
+		return lp, ioError("open", lp.Path, err)
+	}
+	defer d.Close()
+	info, err := unix.IoctlLoopGetStatus64(int(d.Fd()))
+	if errors.Is(err, unix.ENXIO) {
+		return lp, fault.New(fault.NotFound, "%s has no backing file", lp.Path)
+	}
+	if err != nil {
+		return lp, ioError("ask", lp.Path, err)
+	}
+	lp.Mark, lp.Dev, lp.Inode, lp.RDev = mark(info), info.Device, info.Inode, info.Rdevice
+	return lp, nil
+}
+
+func mark(info *unix.LoopInfo64) string { return unix.ByteSliceToString(info.File_name[:]) }
+
+func sysLoop(n int) string { return fmt.Sprintf("/sys/block/loop%d", n) }
+
+// sysfs reads an attribute of a loop device; "" when it has none.
+func sysfs(n int, name string) string {
+	b, err := os.ReadFile(filepath.Join(sysLoop(n), name))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b), "\n")
+}
+
+// sequence is a number that is new whenever a device gets another file.
+func sequence(n int) string { return sysfs(n, "diskseq") }
+
+func loopError(err error) error {
+	if errors.Is(err, os.ErrNotExist) {
+		return fault.New(fault.Unsupported, "this node has no loop devices (/dev/loop-control): load the kernel module \"loop\", and in a container mount the host's /dev")
+	}
+	return ioError("use", "/dev/loop-control", err)
+}
