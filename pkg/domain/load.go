@@ -14,9 +14,12 @@ import (
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
-var knownFields = []string{
-	"name", "engine", "params", "defaults", "secretsFile", "scope",
-	"overcommit", "capacityLimit", "aliases", "takeOver",
+// knownFields of a domain.
+func knownFields() []string {
+	return []string{
+		"name", "engine", "params", "defaults", "secretsFile", "scope",
+		"overcommit", "capacityLimit", "aliases", "takeOver",
+	}
 }
 
 // maxName is the longest name of a domain in bytes: a DNS label's.
@@ -90,7 +93,7 @@ func Load(path string, reg Registry) ([]Entry, error) {
 // readEntry checks one item of the list by itself.
 func readEntry(item place, reg Registry, dir string) (Entry, map[string]place, error) {
 	e := Entry{Overcommit: 1, Params: map[string]string{}}
-	fields, err := item.fields(knownFields)
+	fields, err := item.fields(knownFields())
 	if err != nil {
 		return e, nil, err
 	}

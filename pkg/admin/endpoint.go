@@ -1,0 +1,87 @@
+package admin
+
+import (
+	"context"
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// maxSocketPath is what fits into a Linux sockaddr_un with its closing zero.
+const maxSocketPath = 107
+
+// Endpoint is the place of a Unix socket, as CSI writes it: "unix:///path".
+type Endpoint struct{ path string }
+
+// ParseEndpoint reads "unix:///path" or "/path". The error is fault.Invalid.
+func ParseEndpoint(s string) (Endpoint, error) {
+	path := s
+	if scheme, rest, ok := strings.Cut(s, "://"); ok {
+		if scheme != "unix" {
+			return Endpoint{}, fault.New(fault.Invalid, "endpoint %q: scheme %q is not allowed: unix:///path", s, scheme)
+		}
+		path = rest
+	}
+	if !strings.HasPrefix(path, "/") || strings.HasSuffix(path, "/") || strings.ContainsRune(path, 0) {
+		return Endpoint{}, fault.New(fault.Invalid, "endpoint %q: must be unix:// and the absolute path of a socket, such as unix:///run/quarry/admin.sock", s)
+	}
+	path = filepath.Clean(path)
+	if len(path) > maxSocketPath {
+		return Endpoint{}, fault.New(fault.Invalid, "endpoint %q: the path has %d bytes: a socket's may have %d", s, len(path), maxSocketPath)
+	}
+	return Endpoint{path: path}, nil
+}
+
+// String renders "unix:///path".
+func (e Endpoint) String() string { return "unix://" + e.path }
+
+// Path of the socket.
+func (e Endpoint) Path() string { return e.path }
+
+// Listen makes the socket, with its directory, for this user only (mode 0600).
+// A socket that nobody serves any more is replaced; closing the listener
+// removes it. fault.InUse: somebody answers there. fault.Invalid: something
+// else than a socket is there.
+func (e Endpoint) Listen() (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(e.path), 0o750); err != nil {
+		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
+	}
+	switch info, err := os.Lstat(e.path); {
+	case errors.Is(err, os.ErrNotExist):
+	case err != nil:
+		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
+	case info.Mode().Type() != os.ModeSocket:
+		return nil, fault.New(fault.Invalid, "endpoint %s: there is a file that is not a socket: remove it or choose another path", e)
+	default:
+		conn, err := net.DialTimeout("unix", e.path, time.Second)
+		if err == nil {
+			_ = conn.Close()
+			return nil, fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
+		}
+		if !errors.Is(err, syscall.ECONNREFUSED) {
+			return nil, fault.New(fault.InUse, "endpoint %s: a socket is there that cannot be told to be unused: %w", e, err)
+		}
+		if err := os.Remove(e.path); err != nil {
+			return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
+		}
+	}
+	// Linux gives the socket's file the mode that the descriptor has at bind:
+	// unlike a chmod afterwards, that leaves no moment in which others may connect.
+	var mode error
+	cfg := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
+		return errors.Join(c.Control(func(fd uintptr) { mode = unix.Fchmod(int(fd), 0o600) }), mode)
+	}}
+	l, err := cfg.Listen(context.Background(), "unix", e.path)
+	if err != nil {
+		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
+	}
+	return l, nil
+}
