@@ -1,0 +1,196 @@
+// Package csi serves the Container Storage Interface 1.13: Identity,
+// Controller, GroupController and Node. Its services validate a request,
+// translate it, call the Image Manager or the node, and translate the answer.
+// They hold no logic of their own and return errors of package fault; one
+// interceptor turns those into gRPC codes.
+package csi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
+	"go.opentelemetry.io/otel/trace"
+	"google.golang.org/grpc"
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+const (
+	// DriverName is what Quarry calls itself in CSI unless configured otherwise.
+	DriverName = "csi.quarry.dev"
+	// TopologyKey is the one topology key: a node's own name.
+	TopologyKey = "csi.quarry.dev/node"
+	// GenerationKey is the only key of a publish context: the attachment's generation.
+	GenerationKey = "csi.quarry.dev/generation"
+	// shutdownGrace is how long running calls may take to end after a stop is
+	// asked for: less than the 30 s that Kubernetes gives a pod.
+	shutdownGrace = 20 * time.Second
+)
+
+// Manager is what the services use of image.Manager.
+type Manager interface {
+	CreateVolume(ctx context.Context, r image.CreateRequest) (image.Image, error)
+	DeleteVolume(ctx context.Context, h image.Handle) error
+	CreateSnapshot(ctx context.Context, r image.SnapshotRequest) (image.Image, error)
+	DeleteSnapshot(ctx context.Context, h image.Handle) error
+	CreateGroup(ctx context.Context, r image.GroupRequest) (image.Group, error)
+	GetGroup(ctx context.Context, h image.Handle) (image.Group, error)
+	DeleteGroup(ctx context.Context, h image.Handle) error
+	Expand(ctx context.Context, h image.Handle, size, limit int64) (image.Image, error)
+	Modify(ctx context.Context, h image.Handle, t image.Tuning, engineParams map[string]string) error
+	Get(ctx context.Context, h image.Handle) (image.Image, error)
+	List(ctx context.Context, mutable bool, after string, max int) ([]image.Image, bool, error)
+	Attach(ctx context.Context, h image.Handle, node string, a image.Access, readOnly bool) (image.Attachment, error)
+	Detach(ctx context.Context, h image.Handle, node string) error
+	Capacity(ctx context.Context, domains []string, node string) (available, maxVolume, minVolume int64, err error)
+	Topology(domain string) (node string, err error)
+	Domains(ctx context.Context) []image.DomainInfo
+}
+
+var _ Manager = (*image.Manager)(nil)
+
+// Config of a Server.
+type Config struct {
+	// DriverName; "" means the constant DriverName.
+	DriverName string
+	Version    string
+	// NodeID is the name of the node that this process runs on: the CSI node ID
+	// and the value of TopologyKey. 1 to 63 characters as in a Kubernetes label's value.
+	NodeID string
+	// Manager serves Controller and GroupController.
+	Manager Manager
+	// Node serves Node.
+	Node Node
+	// KnownNode says whether a volume may be attached to a node: fault.NotFound
+	// if there is no such node. nil: NodeID is the only one.
+	KnownNode func(node string) error
+	// Tracer makes spans of calls; nil: none.
+	Tracer trace.TracerProvider
+	// Metrics takes the histogram of calls; nil: none.
+	Metrics prometheus.Registerer
+}
+
+// Server serves CSI.
+type Server struct {
+	cfg   Config
+	calls *prometheus.HistogramVec // nil without Config.Metrics
+
+	csi.UnimplementedIdentityServer
+	csi.UnimplementedControllerServer
+	csi.UnimplementedGroupControllerServer
+	csi.UnimplementedNodeServer
+}
+
+// New makes a Server. The error is fault.Invalid and names the field.
+func New(cfg Config) (*Server, error) {
+	if cfg.DriverName == "" {
+		cfg.DriverName = DriverName
+	}
+	if !label.MatchString(cfg.NodeID) || len(cfg.NodeID) > 63 {
+		return nil, fault.New(fault.Invalid, "node ID %q: 1 to 63 letters, digits, '-', '_' and '.' are allowed, beginning and ending with a letter or digit", cfg.NodeID)
+	}
+	if cfg.Manager == nil || cfg.Node == nil {
+		return nil, fault.New(fault.Invalid, "a CSI server needs an Image Manager and a node")
+	}
+	if cfg.KnownNode == nil {
+		cfg.KnownNode = func(node string) error {
+			if node != cfg.NodeID {
+				return fault.New(fault.NotFound, "node_id %q is not a node of this installation: the only one is %q", node, cfg.NodeID)
+			}
+			return nil
+		}
+	}
+	s := &Server{cfg: cfg}
+	if cfg.Metrics != nil {
+		s.calls = newCallHistogram()
+		if err := cfg.Metrics.Register(s.calls); err != nil {
+			return nil, fault.New(fault.Internal, "registering the metrics of CSI calls: %w", err)
+		}
+	}
+	return s, nil
+}
+
+// label is the alphabet of a topology segment (CSI) and of a label's value (Kubernetes).
+var label = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]*[a-zA-Z0-9])?$`)
+
+// Serve answers calls at endpoint, "unix:///path/of/socket", until ctx ends;
+// then running calls may finish for a short time. A socket that nobody serves
+// any more is replaced. fault.InUse: another process serves there.
+func (s *Server) Serve(ctx context.Context, endpoint string) error {
+	l, err := listen(endpoint)
+	if err != nil {
+		return err
+	}
+	return s.serve(ctx, l)
+}
+
+func (s *Server) serve(ctx context.Context, l net.Listener) error {
+	opts := []grpc.ServerOption{grpc.UnaryInterceptor(s.intercept(klog.FromContext(ctx)))}
+	if s.cfg.Tracer != nil {
+		opts = append(opts, grpc.StatsHandler(otelgrpc.NewServerHandler(otelgrpc.WithTracerProvider(s.cfg.Tracer))))
+	}
+	g := grpc.NewServer(opts...)
+	csi.RegisterIdentityServer(g, s)
+	csi.RegisterControllerServer(g, s)
+	csi.RegisterGroupControllerServer(g, s)
+	csi.RegisterNodeServer(g, s)
+
+	served := make(chan error, 1)
+	go func() { served <- g.Serve(l) }()
+	klog.FromContext(ctx).Info("Serving CSI", "driver", s.cfg.DriverName, "version", s.cfg.Version, "node", s.cfg.NodeID, "address", l.Addr().String())
+	select {
+	case err := <-served:
+		return fault.Wrap(fault.Internal, err)
+	case <-ctx.Done():
+	}
+	hard := time.AfterFunc(shutdownGrace, g.Stop)
+	defer hard.Stop()
+	g.GracefulStop()
+	return fault.Wrap(fault.Internal, <-served)
+}
+
+// listen makes the socket. The path is removed first if it is a socket that
+// refuses connections: the left-over of a process that was killed.
+func listen(endpoint string) (net.Listener, error) {
+	path, ok := strings.CutPrefix(endpoint, "unix://")
+	if !ok || !strings.HasPrefix(path, "/") {
+		return nil, fault.New(fault.Invalid, "endpoint %q: it must be of the form unix:///absolute/path", endpoint)
+	}
+	info, err := os.Lstat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+	case err != nil:
+		return nil, fault.New(fault.Internal, "endpoint %q: %w", endpoint, err)
+	case info.Mode()&fs.ModeSocket == 0:
+		return nil, fault.New(fault.Exists, "endpoint %q: the path is taken by something that is not a socket (%s); it is left alone: remove it or choose another path", endpoint, info.Mode())
+	default:
+		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
+			_ = c.Close() // only a probe
+			return nil, fault.New(fault.InUse, "endpoint %q: another process serves there", endpoint)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, fault.New(fault.Internal, "removing the stale socket of endpoint %q: %w", endpoint, err)
+		}
+	}
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		return nil, fault.New(fault.Internal, "endpoint %q: %w", endpoint, err)
+	}
+	// Whoever may connect commands the storage: the owner and the group only.
+	if err := os.Chmod(path, 0o660); err != nil {
+		return nil, errors.Join(fmt.Errorf("endpoint %q: %w", endpoint, err), l.Close())
+	}
+	return l, nil
+}
