@@ -1,0 +1,163 @@
+package mover
+
+import (
+	"strconv"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// store is an open block slab: a regular file or a block device.
+type store struct {
+	path   string
+	fd     int
+	device bool
+	st     unix.Stat_t
+	size   int64
+}
+
+func (s *store) close() {
+	if s.fd >= 0 {
+		_ = unix.Close(s.fd) // what was written is already flushed, or lost anyway
+		s.fd = -1
+	}
+}
+
+// openSource opens path for reading.
+func openSource(path string) (*store, error) {
+	return openStore(path, unix.O_RDONLY)
+}
+
+// openTarget opens path for writing and locks it until it is closed.
+func openTarget(path string) (*store, error) {
+	s, err := openStore(path, unix.O_RDWR)
+	if err != nil {
+		return nil, err
+	}
+	err = retry(func() error { return unix.Flock(s.fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if err == unix.EWOULDBLOCK {
+		err = fault.New(fault.InUse, "copy target %s is locked: another process still writes it", strconv.Quote(path))
+	}
+	if err != nil {
+		s.close()
+		return nil, sysErr(err, "lock", path)
+	}
+	return s, nil
+}
+
+func openStore(path string, flags int) (*store, error) {
+	// Looking first keeps the open below from having effects on other kinds of
+	// files; O_NONBLOCK keeps it from waiting for a FIFO's other end.
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Stat(path, &st) }); err != nil {
+		return nil, sysErr(err, "stat", path)
+	}
+	s := &store{path: path, fd: -1}
+	flags |= unix.O_CLOEXEC | unix.O_NONBLOCK
+	if isBlockDevice(&st) && flags&unix.O_ACCMODE == unix.O_RDWR {
+		flags |= unix.O_EXCL // refused while it is mounted or part of another device
+	}
+	fd, err := retryN(func() (int, error) { return unix.Open(path, flags, 0) })
+	if err != nil {
+		return nil, sysErr(err, "open", path)
+	}
+	s.fd = fd
+	if err := unix.Fstat(fd, &s.st); err != nil {
+		s.close()
+		return nil, sysErr(err, "stat", path)
+	}
+	s.device = isBlockDevice(&s.st)
+	if !s.device && !isRegular(&s.st) {
+		s.close()
+		return nil, fault.New(fault.Invalid, "%s is neither a regular file nor a block device", strconv.Quote(path))
+	}
+	if s.size, err = s.currentSize(); err != nil {
+		s.close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// currentSize asks for the size in bytes as it is now.
+func (s *store) currentSize() (int64, error) {
+	if s.device {
+		var n uint64
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(s.fd), unix.BLKGETSIZE64, uintptr(unsafe.Pointer(&n)))
+		if errno != 0 {
+			return 0, sysErr(errno, "size of", s.path)
+		}
+		return int64(n), nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(s.fd, &st); err != nil {
+		return 0, sysErr(err, "stat", s.path)
+	}
+	return st.Size, nil
+}
+
+// same says whether both are the same file or device.
+func same(a, b *store) bool {
+	if a.device && b.device {
+		return a.st.Rdev == b.st.Rdev
+	}
+	return a.device == b.device && a.st.Dev == b.st.Dev && a.st.Ino == b.st.Ino
+}
+
+// extents walks over the data of a file.
+type extents struct {
+	fd int
+	// blind: the file cannot tell holes from data (a device, an old server).
+	blind bool
+}
+
+// next returns the first stretch of data at or after off and before end;
+// start == end when there is none.
+func (e *extents) next(off, end int64) (start, stop int64, err error) {
+	if e.blind {
+		return off, end, nil
+	}
+	start, err = unix.Seek(e.fd, off, unix.SEEK_DATA)
+	switch err {
+	case nil:
+	case unix.ENXIO: // only a hole until the end of the file
+		return end, end, nil
+	case unix.EINVAL, unix.EOPNOTSUPP:
+		e.blind = true
+		return off, end, nil
+	default:
+		return 0, 0, err
+	}
+	if start >= end {
+		return end, end, nil
+	}
+	stop, err = unix.Seek(e.fd, start, unix.SEEK_HOLE)
+	if err == unix.ENXIO { // the file shrank in between: reading will say so
+		return start, end, nil
+	}
+	return start, min(stop, end), err
+}
+
+// hidden says whether the file has holes that it cannot show: fewer blocks than
+// its size needs, yet no hole is found (NFSv3, compression).
+func (e *extents) hidden(size int64) (bool, error) {
+	if e.blind || size == 0 {
+		return e.blind, nil
+	}
+	st, err := statFD(e.fd)
+	if err != nil || st.Blocks*512 >= size {
+		return false, err
+	}
+	hole, err := unix.Seek(e.fd, 0, unix.SEEK_HOLE)
+	switch err {
+	case nil:
+		return hole >= size, nil
+	case unix.ENXIO: // shorter by now: reading says so
+		return false, nil
+	case unix.EINVAL, unix.EOPNOTSUPP:
+		e.blind = true
+		return true, nil
+	}
+	return false, err
+}
