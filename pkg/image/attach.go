@@ -1,0 +1,262 @@
+package image
+
+import (
+	"context"
+	"errors"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// Attach lets a node use a volume. It is idempotent. fault.NotFound: no such
+// volume or node. fault.InUse: attached elsewhere and not for several nodes.
+// fault.Exists: attached to the node in another way.
+func (m *Manager) Attach(ctx context.Context, h Handle, node string, a Access, readOnly bool) (Attachment, error) {
+	img, err := m.volume(h)
+	if err != nil {
+		return Attachment{}, err
+	}
+	if _, err := m.cfg.Agents.Agent(node); err != nil {
+		return Attachment{}, err
+	}
+	key := "attach/" + h.String() + "/" + node
+	return do(ctx, m, key, "attach", h.String(), fingerprint(a, readOnly), func(ctx context.Context, op *operation) (Attachment, error) {
+		return m.attach(ctx, op, img, node, a, readOnly)
+	})
+}
+
+func (m *Manager) attach(ctx context.Context, op *operation, img *image, node string, a Access, readOnly bool) (Attachment, error) {
+	d := img.d
+	op.at(d.id, img.id)
+	release, err := img.hold(ctx, op)
+	if err != nil {
+		return Attachment{}, err
+	}
+	defer release()
+	if err := img.usable(); err != nil {
+		return Attachment{}, err
+	}
+	rec, slab := img.snapshot()
+	if err := img.checkAccess(rec, a); err != nil {
+		return Attachment{}, err
+	}
+	if d.cfg.Scope == ScopeNode && d.cfg.Node != node {
+		return Attachment{}, fault.New(fault.InUse, "domain %s belongs to node %s: node %s cannot reach it", d.id, d.cfg.Node, node)
+	}
+	want := Attachment{Node: node, Mode: a.Mode, Block: a.Block, ReadOnly: readOnly || a.Mode.ReadOnly()}
+	have, err := img.admits(want)
+	if have != nil || err != nil {
+		return value(have), err
+	}
+	gen := d.next()
+	want.Generation = int64(gen)
+	body, err := marshal(attachRecord{Node: node, Mode: a.Mode, Block: a.Block, FS: a.Filesystem, ReadOnly: want.ReadOnly, Nonce: nonce()})
+	if err != nil {
+		return Attachment{}, err
+	}
+	tag := engine.Tag{Name: attachmentTag(img.id, node, gen), Slab: slab, Record: body}
+	if err := d.createTag(ctx, tag); err != nil {
+		return Attachment{}, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	img.attached[node] = &attachment{Attachment: want, tag: tag.Name}
+	return want, nil
+}
+
+func value(a *Attachment) Attachment {
+	if a == nil {
+		return Attachment{}
+	}
+	return *a
+}
+
+// checkAccess refuses an access that the image's layout cannot serve.
+func (img *image) checkAccess(rec record, a Access) error {
+	if _, err := decideLayout(rec.layout(), []Access{a}, rec.layout()); err != nil {
+		return err
+	}
+	if rec.FS != "" && a.Filesystem != "" && a.Filesystem != rec.FS {
+		return fault.New(fault.Invalid, "the volume carries %s, asked for was %s", rec.FS, a.Filesystem)
+	}
+	return img.d.checkReach([]Access{a}, rec.layout())
+}
+
+// CheckAccess says whether a volume can be used in all these ways. It returns
+// fault.Invalid with the reason when not.
+func (m *Manager) CheckAccess(_ context.Context, h Handle, accesses []Access) error {
+	img, err := m.volume(h)
+	if err != nil {
+		return err
+	}
+	rec, _ := img.snapshot()
+	for _, a := range accesses {
+		if err := img.checkAccess(rec, a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// admits says whether an attachment goes together with those that exist. It
+// returns the one that is the same already.
+func (img *image) admits(want Attachment) (*Attachment, error) {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if a := img.attached[want.Node]; a != nil {
+		if a.Mode != want.Mode || a.Block != want.Block || a.ReadOnly != want.ReadOnly {
+			return nil, fault.New(fault.Exists, "it is attached to node %s as %s (read-only %t), asked for was %s (read-only %t)",
+				want.Node, a.Mode, a.ReadOnly, want.Mode, want.ReadOnly)
+		}
+		same := a.Attachment
+		return &same, nil
+	}
+	for _, a := range img.attached {
+		switch {
+		case !a.Mode.MultiNode() || !want.Mode.MultiNode():
+			return nil, fault.New(fault.InUse, "it is attached to node %s as %s: it cannot be attached to node %s as %s at the same time", a.Node, a.Mode, want.Node, want.Mode)
+		case !a.ReadOnly && !want.ReadOnly && (a.Mode == MultiNodeSingleWriter || want.Mode == MultiNodeSingleWriter):
+			return nil, fault.New(fault.InUse, "node %s is its single writer: attach it to node %s read-only", a.Node, want.Node)
+		}
+	}
+	return nil, nil
+}
+
+// Detach ends an attachment; node "" means all of them. What is not attached,
+// or does not exist, is success. fault.Unavailable: an agent has not confirmed
+// that the image is unstaged.
+func (m *Manager) Detach(ctx context.Context, h Handle, node string) error {
+	img, err := m.find(h)
+	if errors.Is(err, fault.NotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = do(ctx, m, "detach/"+h.String()+"/"+node, "detach", h.String(), "", func(ctx context.Context, op *operation) (struct{}, error) {
+		op.at(img.d.id, img.id)
+		release, err := img.hold(ctx, op)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer release()
+		for _, n := range img.nodes() {
+			if node == "" || node == n {
+				if err := m.detach(ctx, img, n); err != nil {
+					return struct{}{}, err
+				}
+			}
+		}
+		return struct{}{}, nil
+	})
+	return err
+}
+
+func (m *Manager) detach(ctx context.Context, img *image, node string) error {
+	d := img.d
+	agent, err := m.cfg.Agents.Agent(node)
+	if err != nil {
+		return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
+	}
+	staged, err := agent.Staged(ctx, d.handle(img))
+	if err != nil {
+		return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
+	}
+	if staged {
+		return fault.New(fault.Unavailable, "it is still staged on node %s", node)
+	}
+	d.mu.Lock()
+	tag := img.attached[node].tag
+	d.mu.Unlock()
+	if err := d.deleteTag(ctx, tag); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	delete(img.attached, node)
+	return nil
+}
+
+// Stage tells a node what to build, and records that it does. generation is
+// that of the attachment. fault.InUse: the attachment was withdrawn since.
+// fault.Corrupt: the image is broken. fault.Pending: a copy keeps it still.
+func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation int64) (Staging, error) {
+	img, err := m.volume(h)
+	if err != nil {
+		return Staging{}, err
+	}
+	d := img.d
+	release, err := img.hold(ctx, nil)
+	if err != nil {
+		return Staging{}, err
+	}
+	defer release()
+	if err := img.usable(); err != nil {
+		return Staging{}, err
+	}
+	d.mu.Lock()
+	a := img.attached[node]
+	rec, slab := img.rec, img.slab
+	d.mu.Unlock()
+	if a == nil || a.Generation != generation {
+		return Staging{}, fault.New(fault.InUse, "volume %s is not attached to node %s with generation %d any more: attach it again", h, node, generation)
+	}
+	if a.Block && !a.ReadOnly && !rec.Used {
+		// A raw block volume holds its user's bytes from now on: it must never
+		// be taken for one that may be formatted.
+		rec.Used = true
+		if err := d.commit(ctx, img, rec, slab); err != nil {
+			return Staging{}, err
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	a.Staged = true
+	return Staging{Handle: h, Layout: rec.layout(), Size: rec.Size, Slabs: []string{slab}, ReadOnly: a.ReadOnly,
+		Fresh: !rec.Used && rec.layout() == LayoutImage, Filesystem: rec.FS, Cloned: rec.Cloned, Block: a.Block, Mode: a.Mode}, nil
+}
+
+// Formatted seals that a fresh image now carries a filesystem. The node calls
+// it after formatting and flushing, before the first mount.
+func (m *Manager) Formatted(ctx context.Context, h Handle, node, filesystem string) error {
+	img, err := m.volume(h)
+	if err != nil {
+		return err
+	}
+	release, err := img.hold(ctx, nil)
+	if err != nil {
+		return err
+	}
+	defer release()
+	d := img.d
+	d.mu.Lock()
+	a, rec, slab := img.attached[node], img.rec, img.slab
+	d.mu.Unlock()
+	switch {
+	case a == nil:
+		return fault.New(fault.InUse, "volume %s is not attached to node %s any more", h, node)
+	case rec.Used && rec.FS == filesystem:
+		return nil
+	case rec.Used:
+		return fault.New(fault.Conflict, "volume %s is recorded to carry %q, not %q", h, rec.FS, filesystem)
+	}
+	rec.Used, rec.FS = true, filesystem
+	return d.commit(ctx, img, rec, slab)
+}
+
+// Unstaged tells that a node has taken everything of an image down.
+func (m *Manager) Unstaged(_ context.Context, h Handle, node string) error {
+	img, err := m.find(h)
+	if errors.Is(err, fault.NotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if a := img.attached[node]; a != nil {
+		a.Staged = false
+	}
+	return nil
+}

@@ -1,0 +1,325 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// CreateVolume makes a volume, empty or from a snapshot or another volume of
+// any domain. It is idempotent by name. fault.Exists: the name is taken by a
+// volume with other properties. fault.OutOfRange: the size cannot be.
+// fault.Exhausted: no room; nothing remains. fault.Pending: still at work.
+func (m *Manager) CreateVolume(ctx context.Context, r CreateRequest) (Image, error) {
+	if err := checkName("volume", r.Name); err != nil {
+		return Image{}, err
+	}
+	asked := fingerprint(r.Domains, r.Layout, r.Accesses, r.Size, r.Limit, r.Source, r.Params)
+	return do(ctx, m, spaceVolume+"/"+r.Name, "create volume", r.Name, asked, func(ctx context.Context, op *operation) (Image, error) {
+		return m.createVolume(ctx, op, r)
+	})
+}
+
+func (m *Manager) createVolume(ctx context.Context, op *operation, r CreateRequest) (Image, error) {
+	c := creation{m: m, op: op, r: r}
+	if img := m.byName(spaceVolume, r.Name); img != nil {
+		done, err := c.existing(ctx, img)
+		if done || err != nil {
+			return m.view(img), err
+		}
+	}
+	if err := m.allOpen(); err != nil && len(r.Domains) != 1 {
+		return Image{}, err // the name may be taken where nobody can look
+	}
+	if err := c.plan(ctx); err != nil {
+		return Image{}, err
+	}
+	return c.run(ctx)
+}
+
+// creation is a CreateVolume under way.
+type creation struct {
+	m  *Manager
+	op *operation
+	r  CreateRequest
+
+	d      *domain
+	layout Layout
+	fs     string
+	size   int64
+	src    *image
+	srcRec record
+}
+
+// existing deals with an image that has the name already: done says that it
+// is what was asked for. What an earlier life left half made is resumed or swept.
+func (c *creation) existing(ctx context.Context, img *image) (done bool, err error) {
+	release, err := img.hold(ctx, c.op)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	d := img.d
+	d.mu.Lock()
+	fenced, rec, broken := d.fenced, img.rec, img.broken
+	d.mu.Unlock()
+	if fenced != nil {
+		return false, fenced
+	}
+	c.op.at(d.id, img.id)
+	if rec.Strong {
+		if broken != nil {
+			return false, fault.New(fault.Corrupt, "volume %s with this name exists and is broken: %w; see kubectl quarry check", d.handle(img), broken)
+		}
+		return true, c.compare(d, rec)
+	}
+	if rec.dead() {
+		return false, nil
+	}
+	if rec.Progress > 0 && c.compare(d, rec) == nil {
+		switch err := c.resume(ctx, img, rec); {
+		case err == nil:
+			return true, nil
+		case !errors.Is(err, fault.InUse): // in use: an older manager still writes the slab
+			return false, err
+		}
+	}
+	return false, d.sweep(ctx, img)
+}
+
+// compare says how an existing volume differs from the request, as fault.Exists.
+func (c *creation) compare(d *domain, rec record) error {
+	r := c.r
+	differs := func(what string, is, asked any) error {
+		return fault.New(fault.Exists, "a volume %q with %s %v exists, asked for was %v", r.Name, what, is, asked)
+	}
+	source := Layout("")
+	if rec.Source != "" {
+		source = rec.layout()
+	}
+	layout, err := decideLayout(r.Layout, r.Accesses, source)
+	switch {
+	case err != nil:
+		return err
+	case layout != rec.layout():
+		return differs("layout", rec.layout(), layout)
+	case rec.Size < r.Size || r.Limit > 0 && rec.Size > r.Limit:
+		return differs("size", rec.Size, sizeRange(r.Size, r.Limit))
+	case rec.Source != r.Source:
+		return differs("source", orNone(rec.Source), orNone(r.Source))
+	case !maps.Equal(rec.Params, r.Params):
+		return differs("parameters", rec.Params, r.Params)
+	case !r.RestoreToSource && len(r.Domains) > 0 && !slices.ContainsFunc(r.Domains, d.named):
+		return differs("domain", d.id, strings.Join(r.Domains, ", "))
+	}
+	return nil
+}
+
+func sizeRange(size, limit int64) string {
+	s := bytesText(size)
+	if limit > 0 {
+		s += " to " + bytesText(limit)
+	}
+	return s
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "none"
+	}
+	return s
+}
+
+// plan decides everything that can be decided before anything is changed.
+func (c *creation) plan(ctx context.Context) (err error) {
+	var srcLayout Layout
+	var srcSize int64
+	if c.r.Source != "" {
+		if c.src, err = c.source(); err != nil {
+			return err
+		}
+		c.srcRec, _ = c.src.snapshot()
+		srcLayout, srcSize = c.srcRec.layout(), c.srcRec.Size
+	}
+	if c.layout, err = decideLayout(c.r.Layout, c.r.Accesses, srcLayout); err != nil {
+		return err
+	}
+	c.fs = filesystemOf(c.r.Accesses, c.layout)
+	if c.fs != "" && c.srcRec.FS != "" && c.fs != c.srcRec.FS {
+		return fault.New(fault.Invalid, "the source carries %s and the volume asked for %s: they must be the same", c.srcRec.FS, c.fs)
+	}
+	return c.place(ctx, srcSize)
+}
+
+// source finds the source and checks that it is what the caller takes it for.
+func (c *creation) source() (*image, error) {
+	h, err := ParseHandle(c.r.Source)
+	if err != nil {
+		return nil, fault.New(fault.NotFound, "source: %w", err)
+	}
+	src, err := c.m.find(h)
+	if err != nil {
+		return nil, err
+	}
+	if rec, _ := src.snapshot(); rec.Mutable != c.r.SourceMutable {
+		return nil, fault.New(fault.NotFound, "source %s is not a %s", h, kindWord(c.r.SourceMutable))
+	}
+	return src, src.usable()
+}
+
+func kindWord(mutable bool) string {
+	if mutable {
+		return "volume"
+	}
+	return "snapshot"
+}
+
+// run makes the volume: intent, slab, seal.
+func (c *creation) run(ctx context.Context) (Image, error) {
+	release, err := c.d.reserve(ctx, c.size)
+	if err != nil {
+		return Image{}, err
+	}
+	defer release()
+	rec := record{Name: c.r.Name, Kind: string(c.layout.Kind()), Mutable: true, Op: opCreate, Size: c.size,
+		Source: c.r.Source, Created: c.m.cfg.Now().UnixMilli(), Params: c.r.Params}
+	if c.r.Tuning != (Tuning{}) {
+		rec.Tuning = &c.r.Tuning
+	}
+	img, err := c.d.intend(ctx, c.op, rec)
+	if err != nil {
+		return Image{}, err
+	}
+	release() // the intent's promise counts from here on
+	if err := c.fill(ctx, img, rec, 0); err != nil {
+		if err := c.d.abandon(ctx, img, err); err != nil {
+			return Image{}, err
+		}
+	}
+	return c.m.view(img), nil
+}
+
+// resume goes on with a copy that an earlier manager had begun. fault.InUse:
+// that one may still be writing.
+func (c *creation) resume(ctx context.Context, img *image, rec record) error {
+	c.d, c.layout, c.size = img.d, rec.layout(), rec.Size
+	src, err := c.source()
+	if err != nil {
+		return fault.New(fault.InUse, "the source is gone: %w", err) // sweep, then say so
+	}
+	c.src = src
+	c.srcRec, _ = src.snapshot()
+	if c.srcRec.Mutable || c.layout != LayoutImage {
+		return fault.New(fault.InUse, "only a copy of a snapshot can be resumed")
+	}
+	img.d.mu.Lock()
+	img.op = c.op
+	img.d.mu.Unlock()
+	if err := c.fill(ctx, img, rec, rec.Progress); err != nil {
+		img.d.mu.Lock()
+		img.op = nil
+		img.d.mu.Unlock()
+		return err
+	}
+	return nil
+}
+
+// fill makes the slab's content and seals the volume.
+func (c *creation) fill(ctx context.Context, img *image, rec record, from int64) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return c.d.describe(gctx, img, c.r.Described) })
+	var h how
+	g.Go(func() (err error) {
+		h, err = c.content(gctx, img, from)
+		return err
+	})
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	rec.Strong, rec.Op, rec.Progress, rec.How = true, "", 0, h.String()
+	if c.src != nil {
+		rec.Used, rec.FS, rec.Cloned = c.srcRec.Used, c.srcRec.FS, c.srcRec.FS != ""
+	}
+	c.op.took(h)
+	c.op.stepf("sealing")
+	return c.d.commit(ctx, img, rec, img.id)
+}
+
+func (c *creation) content(ctx context.Context, img *image, from int64) (how, error) {
+	spec := engine.SlabSpec{ID: img.id, Kind: c.layout.Kind(), Size: c.size, Params: c.r.Params}
+	switch {
+	case c.src == nil:
+		c.op.stepf("creating slab")
+		return how{native: true, reason: "new slab"}, c.d.engine.CreateSlab(ctx, spec)
+	case c.srcRec.Mutable:
+		return c.m.cloneVolume(ctx, c.op, c.src, img, spec)
+	}
+	return c.m.cloneSnapshot(ctx, c.op, c.src, img, spec, from)
+}
+
+// intend writes the intent of a new image, which is thereby in the index.
+func (d *domain) intend(ctx context.Context, op *operation, rec record) (*image, error) {
+	rev := d.next()
+	img := d.add(incarnation(rec.space(), rec.Name, rev), op)
+	op.at(d.id, img.id)
+	op.stepf("writing the intent")
+	slab := img.id
+	if rec.Kind == kindGroup {
+		slab = ""
+	}
+	rec.Nonce = nonce()
+	tag, err := rec.encode(imageTag(img.id, rev), slab)
+	if err == nil {
+		err = d.create(ctx, img, &pendingTag{tag: tag, rec: rec, rev: rev})
+	}
+	if err != nil {
+		d.mu.Lock()
+		unknown := img.pending != nil
+		img.op = nil
+		img.rec = rec
+		d.mu.Unlock()
+		if !unknown {
+			d.forget(img)
+		}
+		return nil, err
+	}
+	return img, nil
+}
+
+// describe writes the tag that describes an image for people.
+func (d *domain) describe(ctx context.Context, img *image, desc Described) error {
+	body, err := marshal(desc)
+	if err != nil {
+		return err
+	}
+	if len(body) > engine.MaxRecord { // the least useful goes first
+		desc.Class, desc.Modes, desc.Volume = "", nil, ""
+		if body, err = marshal(desc); err != nil || len(body) > engine.MaxRecord {
+			return err
+		}
+	}
+	d.mu.Lock()
+	have := img.described
+	d.mu.Unlock()
+	if have || desc.empty() {
+		return nil
+	}
+	if err := d.engine.CreateTag(ctx, engine.Tag{Name: prefixDescribe + img.id, Slab: img.id, Record: body}); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	img.described, img.desc = true, desc
+	d.mu.Unlock()
+	return nil
+}
+
+func (d Described) empty() bool {
+	return d.Namespace == "" && d.Claim == "" && d.Volume == "" && d.Class == "" && d.Filesystem == "" && len(d.Modes) == 0
+}

@@ -1,0 +1,334 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// retention is how long a superseded tag outlives its successor, and the last
+// tag of a dead image its forerunners: a listing that races with the pair must
+// see one of the two, and a listing lasts at most engine.ListingLimit.
+const retention = 2 * engine.ListingLimit
+
+// domain is an open domain: its engine and the index of everything in it.
+type domain struct {
+	m      *Manager
+	id     string
+	cfg    DomainConfig
+	engine engine.Engine
+	caps   engine.Capabilities
+	desc   engine.Description
+	epoch  uint32
+
+	mu       sync.Mutex // guards all that follows, and the guarded part of each image
+	counter  uint32
+	fenced   error // why nothing may be done any more; nil: all is well
+	images   map[string]*image
+	names    map[string]string // name space + "/" + CSI name: image ID
+	pins     map[string]pinRecord
+	oldTags  map[string]time.Time // superseded epoch tags, and since when
+	promised int64                // bytes
+	foreign  int64                // bytes used by what is not Quarry's, as last measured
+	known    map[string]struct{}  // i. tags of lower epochs that the opening listing held
+	strays   map[string]time.Time // slabs and tags that nothing references, and since when
+	scanned  time.Time            // when strays were last looked for
+	kick     chan struct{}        // wakes the collector
+	copyRate float64              // bytes per second of the last default copy; 0: none yet
+}
+
+// image is an entry of the index.
+type image struct {
+	id   string
+	d    *domain
+	lock *lock // held by whoever changes the image or needs it still
+
+	// Guarded by d.mu.
+	rec       record
+	slab      string
+	rev       revision
+	old       []oldRevision // superseded, lowest first
+	attached  map[string]*attachment
+	described bool
+	desc      Described
+	broken    error
+	badTag    bool       // broken because of a tag, not of the slab
+	readers   int        // running copies of its slab
+	op        *operation // that is making it
+	promise   int64
+	slabGone  bool
+	lastOld   time.Time // when its last superseded revision was deleted
+	found     time.Time // when its leftovers were found at opening; zero: made by this process
+	pending   *pendingTag
+}
+
+type oldRevision struct {
+	rev   revision
+	since time.Time
+}
+
+type attachment struct {
+	Attachment
+	tag string
+}
+
+// pendingTag is a tag whose creation has an unknown outcome: it may exist or
+// may yet come into being. It is created again, identically, until the outcome is known.
+type pendingTag struct {
+	tag engine.Tag
+	rec record
+	rev revision
+}
+
+func (d *domain) handle(img *image) Handle { return Handle{Domain: d.id, Image: img.id} }
+
+// next gives a revision that was never used.
+func (d *domain) next() revision {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.counter++
+	return revision(uint64(d.epoch)<<32 | uint64(d.counter))
+}
+
+// current fails when another manager has opened the domain since: nothing may
+// be done then, and what was just done has an unknown outcome.
+func (d *domain) current(ctx context.Context) error {
+	d.mu.Lock()
+	fenced := d.fenced
+	d.mu.Unlock()
+	if fenced != nil {
+		return fenced
+	}
+	tags, err := d.engine.ListTags(ctx, prefixEpoch)
+	if err != nil {
+		return err
+	}
+	for _, t := range tags {
+		if e, ok := parseEpochTag(t.Name); ok && e > d.epoch {
+			return d.fence(fault.New(fault.Unavailable, "another Quarry has opened domain %s (epoch %d, this one has %d): the outcome is unknown, ask that one", d.id, e, d.epoch))
+		}
+	}
+	return nil
+}
+
+func (d *domain) fence(err error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.fenced == nil {
+		d.fenced = err
+	}
+	return d.fenced
+}
+
+// commit makes rec the record of img: it creates the next revision and, when
+// it is certain that this manager still owns the domain, enters it into the
+// index. The caller holds img.lock or is the only one who knows img.
+func (d *domain) commit(ctx context.Context, img *image, rec record, slab string) error {
+	if err := d.resolve(ctx, img); err != nil {
+		return err
+	}
+	rec.Nonce = nonce()
+	rev := d.next()
+	tag, err := rec.encode(imageTag(img.id, rev), slab)
+	if err != nil {
+		return err
+	}
+	return d.create(ctx, img, &pendingTag{tag: tag, rec: rec, rev: rev})
+}
+
+// resolve finds out what became of a tag whose creation had an unknown outcome.
+func (d *domain) resolve(ctx context.Context, img *image) error {
+	d.mu.Lock()
+	p := img.pending
+	d.mu.Unlock()
+	if p == nil {
+		return nil
+	}
+	return d.create(ctx, img, p)
+}
+
+func (d *domain) create(ctx context.Context, img *image, p *pendingTag) error {
+	if err := d.createTag(ctx, p.tag); err != nil {
+		if uncertain(err) {
+			d.mu.Lock()
+			img.pending = p
+			d.mu.Unlock()
+		}
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	img.pending = nil
+	d.apply(img, p.rec, p.tag.Slab, p.rev)
+	return nil
+}
+
+// createTag creates a tag and makes sure that this manager still owns the domain.
+func (d *domain) createTag(ctx context.Context, t engine.Tag) error {
+	d.mu.Lock()
+	fenced := d.fenced
+	d.mu.Unlock()
+	if fenced != nil {
+		return fenced
+	}
+	if err := d.engine.CreateTag(ctx, t); err != nil {
+		if errors.Is(err, fault.Exists) {
+			return fault.New(fault.Corrupt, "tag %s, a name that only this manager uses, is taken by something else: %w", t.Name, err)
+		}
+		return err
+	}
+	return d.current(ctx)
+}
+
+// uncertain says whether a failed CreateTag may have happened all the same.
+func uncertain(err error) bool {
+	switch fault.KindOf(err) {
+	case fault.Invalid, fault.Exhausted, fault.Permission, fault.Corrupt:
+		return false
+	}
+	return true
+}
+
+// apply enters a record into the index. The caller holds d.mu.
+func (d *domain) apply(img *image, rec record, slab string, rev revision) {
+	if img.rev != 0 {
+		img.old = append(img.old, oldRevision{rev: img.rev, since: d.m.cfg.Now()})
+	}
+	img.rec, img.slab, img.rev = rec, slab, rev
+	if rec.Strong {
+		img.op = nil
+	}
+	if rec.Name != "" {
+		key := rec.space() + "/" + rec.Name
+		switch {
+		case !rec.dead():
+			d.names[key] = img.id
+		case d.names[key] == img.id:
+			delete(d.names, key)
+		}
+	}
+	d.setPromise(img)
+}
+
+// setPromise accounts for the bytes that an image may come to need. The
+// caller holds d.mu.
+func (d *domain) setPromise(img *image) {
+	n := img.rec.Size
+	if !img.rec.Mutable && img.rec.Alloc > 0 {
+		n = img.rec.Alloc
+	}
+	if img.slabGone || img.slab == "" {
+		n = 0
+	}
+	d.promised += n - img.promise
+	img.promise = n
+}
+
+// add makes an entry for an image that is about to be made.
+func (d *domain) add(id string, op *operation) *image {
+	img := &image{id: id, d: d, lock: newLock(), op: op, attached: map[string]*attachment{}}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.images[id] = img
+	return img
+}
+
+// forget drops an entry none of whose tags exists.
+func (d *domain) forget(img *image) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	img.slabGone = true
+	d.setPromise(img)
+	delete(d.images, img.id)
+	if key := img.rec.space() + "/" + img.rec.Name; d.names[key] == img.id {
+		delete(d.names, key)
+	}
+}
+
+// snapshot returns a consistent copy of an image's record and slab.
+func (img *image) snapshot() (record, string) {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	return img.rec, img.slab
+}
+
+// visible says whether users see the image. The caller holds d.mu.
+func (d *domain) visible(img *image) bool {
+	if img.rec.Strong {
+		return img.rec.Kind != kindGroup
+	}
+	if img.rec.Op == opMember {
+		g := d.images[img.rec.Group]
+		return g != nil && g.rec.Strong
+	}
+	return false
+}
+
+// finished says whether nothing may ever revive the image. The caller holds d.mu.
+func (d *domain) finished(img *image) bool {
+	if img.rec.dead() {
+		return true
+	}
+	if !img.rec.Strong && img.rec.Op == opMember && img.op == nil {
+		g := d.images[img.rec.Group]
+		return g == nil || g.rec.dead()
+	}
+	return false
+}
+
+// get finds a visible image. fault.NotFound, or fault.Unavailable when fenced.
+func (d *domain) get(id string) (*image, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.fenced != nil {
+		return nil, d.fenced
+	}
+	img := d.images[id]
+	if img == nil || !d.visible(img) {
+		return nil, fault.New(fault.NotFound, "there is no image %s in domain %s", id, d.id)
+	}
+	return img, nil
+}
+
+// hold takes the image's lock for op and settles what is uncertain about it.
+// The error of a lock that is held for long is fault.Pending.
+func (img *image) hold(ctx context.Context, op *operation) (release func(), err error) {
+	if err := img.lock.acquire(ctx, op); err != nil {
+		return nil, err
+	}
+	if err := img.d.resolve(ctx, img); err != nil {
+		img.lock.release()
+		return nil, err
+	}
+	return img.lock.release, nil
+}
+
+// usable fails when the image is broken or no longer visible.
+func (img *image) usable() error {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if !img.d.visible(img) {
+		return fault.New(fault.NotFound, "image %s was deleted", img.id)
+	}
+	if img.broken != nil {
+		return fault.New(fault.Corrupt, "image %s is broken: %w", img.id, img.broken)
+	}
+	return nil
+}
+
+// read counts a running copy of the image's slab, which keeps the slab from
+// being deleted until the returned function is called.
+func (img *image) read() (done func()) {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	img.readers++
+	return func() {
+		img.d.mu.Lock()
+		defer img.d.mu.Unlock()
+		img.readers--
+	}
+}

@@ -1,0 +1,134 @@
+package image
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// Expand grows a volume to at least size bytes. A volume that is large enough
+// is left alone. The slab grows before the record says so: sizes come from the
+// record, so a slab that is larger after a crash is harmless.
+// fault.OutOfRange: the size cannot be. fault.Exhausted: no room.
+func (m *Manager) Expand(ctx context.Context, h Handle, size, limit int64) (Image, error) {
+	img, err := m.volume(h)
+	if err != nil {
+		return Image{}, err
+	}
+	return do(ctx, m, "expand/"+h.String(), "expand volume", h.String(), fingerprint(size, limit), func(ctx context.Context, op *operation) (Image, error) {
+		return m.expand(ctx, op, img, size, limit)
+	})
+}
+
+func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, limit int64) (Image, error) {
+	d := img.d
+	op.at(d.id, img.id)
+	release, err := img.hold(ctx, op)
+	if err != nil {
+		return Image{}, err
+	}
+	defer release()
+	if err := img.usable(); err != nil {
+		return Image{}, err
+	}
+	rec, slab := img.snapshot()
+	if size <= rec.Size && size >= 0 {
+		if limit > 0 && rec.Size > limit {
+			return Image{}, fault.New(fault.OutOfRange, "the volume has %d bytes, more than the limit %d: volumes never shrink", rec.Size, limit)
+		}
+		return m.view(img), nil
+	}
+	maxSlab := d.desc.MaxSlabSize
+	if rec.layout() == LayoutDirectory {
+		maxSlab = 0
+	}
+	if size, err = sizeFor(size, limit, 0, d.desc.Granularity, rec.FS, maxSlab); err != nil {
+		return Image{}, err
+	}
+	if _, _, err := d.allocated(ctx, rec, slab); err != nil { // a truncated slab is not grown over its hole
+		return Image{}, err
+	}
+	give, err := d.reserve(ctx, size-rec.Size)
+	if err != nil {
+		return Image{}, err
+	}
+	defer give()
+	op.stepf("growing the slab to %s", bytesText(size))
+	if err := d.engine.ResizeSlab(ctx, slab, size); err != nil {
+		return Image{}, err
+	}
+	op.took(how{native: true, reason: "resize"})
+	op.stepf("sealing")
+	rec.Size = size
+	if err := d.commit(ctx, img, rec, slab); err != nil {
+		return Image{}, err
+	}
+	return m.view(img), nil
+}
+
+// Modify changes the parameters of a volume that may change: its Tuning (zero
+// fields stay), and what the engine's Modifier takes. fault.Invalid names
+// unknown ones.
+func (m *Manager) Modify(ctx context.Context, h Handle, t Tuning, params map[string]string) error {
+	img, err := m.volume(h)
+	if err != nil {
+		return err
+	}
+	_, err = do(ctx, m, "modify/"+h.String(), "modify volume", h.String(), fingerprint(t, params), func(ctx context.Context, op *operation) (struct{}, error) {
+		return struct{}{}, m.modify(ctx, op, img, t, params)
+	})
+	return err
+}
+
+func (m *Manager) modify(ctx context.Context, op *operation, img *image, t Tuning, params map[string]string) error {
+	d := img.d
+	op.at(d.id, img.id)
+	release, err := img.hold(ctx, op)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if err := img.usable(); err != nil {
+		return err
+	}
+	rec, slab := img.snapshot()
+	if err := d.modifyNatively(ctx, slab, params); err != nil {
+		return err
+	}
+	now := Tuning{}
+	if rec.Tuning != nil {
+		now = *rec.Tuning
+	}
+	next := now
+	if t.ChainLimit != 0 {
+		next.ChainLimit = t.ChainLimit
+	}
+	if t.QuiesceLimit != 0 {
+		next.QuiesceLimit = t.QuiesceLimit
+	}
+	if next == now {
+		return nil
+	}
+	rec.Tuning = &next
+	return d.commit(ctx, img, rec, slab)
+}
+
+func (d *domain) modifyNatively(ctx context.Context, slab string, params map[string]string) error {
+	if len(params) == 0 {
+		return nil
+	}
+	known := map[string]string{}
+	if d.caps.Modifier != nil {
+		known = d.caps.Modifier.ModifyParams()
+	}
+	for _, k := range slices.Sorted(maps.Keys(params)) {
+		if _, ok := known[k]; !ok {
+			all := append([]string{"chainLimit", "quiesceLimit"}, slices.Sorted(maps.Keys(known))...)
+			return fault.New(fault.Invalid, "parameter %q cannot be changed in domain %s (engine %s): %s can", k, d.id, d.cfg.Engine, strings.Join(all, ", "))
+		}
+	}
+	return d.caps.Modifier.ModifySlab(ctx, slab, params)
+}

@@ -1,0 +1,409 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// The defaults of Tuning.
+const (
+	DefaultChainLimit   = 8
+	DefaultQuiesceLimit = 10 * time.Second
+)
+
+// freezeMargin is how much longer than a copy may take an agent keeps a
+// filesystem frozen, so that the copy ends first.
+const freezeMargin = 2 * time.Second
+
+// cut makes the slab spec of domain to with what src holds at one moment. This
+// is where the way is chosen, best first:
+//
+//  1. the storage's own snapshot, under a short freeze where there is one;
+//  2. (layers over the kernel's device-mapper: not in this version);
+//  3. a copy, while nobody writes: of a detached image, or of one whose
+//     filesystem is frozen for at most its quiesceLimit, or an inexact one
+//     where that is allowed.
+//
+// The caller holds src.lock, so that nobody stages src meanwhile.
+func (m *Manager) cut(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, inexact bool) (h how, isInexact bool, err error) {
+	rec, slab := src.snapshot()
+	alloc, known, err := src.d.allocated(ctx, rec, slab)
+	if err != nil {
+		return how{}, false, err
+	}
+	if src.d == dst.d && src.d.caps.Snapshotter != nil {
+		h, err := m.cutNative(ctx, op, src, spec)
+		if !errors.Is(err, engine.ErrDeclined) {
+			return h, false, err
+		}
+	}
+	if src.d.cfg.NativeOnly {
+		return how{}, false, fault.New(fault.Unsupported, "domain %s is native-only and its storage (%s) has no native snapshot for a %s", src.d.id, src.d.desc.Location, rec.layout())
+	}
+	if !known {
+		alloc = rec.Size
+	}
+	return m.cutCopy(ctx, op, src, dst, spec, alloc, inexact)
+}
+
+// cutNative lets the storage make a snapshot. A freeze makes the filesystem
+// inside clean; where that is not to be had the snapshot is still one moment.
+func (m *Manager) cutNative(ctx context.Context, op *operation, src *image, spec engine.SlabSpec) (how, error) {
+	op.stepf("taking a native snapshot of %s", src.id)
+	_, slab := src.snapshot()
+	q, err := m.quiesce(ctx, src)
+	defer q.release(ctx)
+	reason := "snapshot"
+	switch {
+	case err != nil:
+		klog.FromContext(ctx).Info("Snapshot without a freeze: it is as after a power cut", "image", src.id, "err", err)
+		reason = "snapshot, not frozen"
+	case len(q.frozen) > 0:
+		reason = "snapshot, frozen"
+	}
+	if err := src.d.caps.Snapshotter.SnapshotSlab(ctx, slab, spec); err != nil {
+		return how{}, err
+	}
+	if err := q.release(ctx); err != nil {
+		reason = "snapshot, not frozen"
+	}
+	return how{native: true, reason: reason}, nil
+}
+
+// cutCopy copies a slab while nobody writes it.
+func (m *Manager) cutCopy(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, alloc int64, inexact bool) (how, bool, error) {
+	rec, _ := src.snapshot()
+	limit := src.quiesceLimit()
+	if src.used() && src.d.tooSlow(alloc, limit) {
+		return how{}, false, src.refuseCopy(alloc, limit)
+	}
+	q, err := m.quiesce(ctx, src)
+	defer q.release(ctx)
+	if err != nil {
+		return how{}, false, fault.New(fault.Unavailable, "image %s is attached and its node cannot be asked to keep it still: %w", src.id, err)
+	}
+	if q.busy && (rec.layout() != LayoutDirectory || !inexact) {
+		return how{}, false, fault.New(fault.InUse, "%s %s is in use on node %s, the storage (%s) has no native snapshot, and there is no filesystem inside to freeze%s",
+			rec.layout(), src.id, q.busyNode, src.d.desc.Location, inexactHint(rec.layout()))
+	}
+	copyCtx := ctx
+	if len(q.frozen) > 0 {
+		var cancel context.CancelFunc
+		copyCtx, cancel = context.WithTimeout(ctx, limit)
+		defer cancel()
+	}
+	began := time.Now()
+	err = m.copySlab(copyCtx, op, src, dst, spec, 0, nil)
+	took := time.Since(began)
+	if len(q.frozen) > 0 && copyCtx.Err() != nil && ctx.Err() == nil {
+		src.d.learn(alloc, 2*took) // it needed at least that long
+		return how{}, false, src.refuseCopy(alloc, limit)
+	}
+	if err != nil {
+		return how{}, false, err
+	}
+	src.d.learn(alloc, took)
+	if err := q.release(ctx); err != nil {
+		return how{}, false, fault.New(fault.Pending, "the filesystem did not stay frozen during the copy, which therefore does not count: %w", err)
+	}
+	switch {
+	case q.busy:
+		return how{reason: "copy while written (inexact)"}, true, nil
+	case len(q.frozen) > 0:
+		return how{reason: fmt.Sprintf("copy, frozen for %s", took.Round(time.Millisecond))}, false, nil
+	}
+	return how{reason: "copy"}, false, nil
+}
+
+func inexactHint(l Layout) string {
+	if l == LayoutDirectory {
+		return "; detach it, or set inexact: allow in the snapshot class and get a copy that is no point in time"
+	}
+	return "; detach it first"
+}
+
+func (img *image) refuseCopy(alloc int64, limit time.Duration) error {
+	return fault.New(fault.InUse, "image %s is in use and the storage (%s) has no native snapshot: its filesystem would have to stay frozen for longer than quiesceLimit (%s) to copy %s; detach it, or raise quiesceLimit",
+		img.id, img.d.desc.Location, limit, bytesText(alloc))
+}
+
+func (img *image) quiesceLimit() time.Duration {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if t := img.rec.Tuning; t != nil && t.QuiesceLimit > 0 {
+		return t.QuiesceLimit
+	}
+	return DefaultQuiesceLimit
+}
+
+// used says whether a node may be writing the image.
+func (img *image) used() bool {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	for _, a := range img.attached {
+		if !a.ReadOnly {
+			return true
+		}
+	}
+	return false
+}
+
+// learn remembers how fast the domain copies; tooSlow uses it, so that a
+// workload is not stopped again and again for a copy that cannot succeed.
+func (d *domain) learn(bytes int64, took time.Duration) {
+	if bytes < 64<<20 || took <= 0 {
+		return // too small to tell
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.copyRate = float64(bytes) / took.Seconds()
+}
+
+func (d *domain) tooSlow(bytes int64, limit time.Duration) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.copyRate > 0 && float64(bytes)/d.copyRate > limit.Seconds()
+}
+
+// quiet is an image whose writers were asked to be still.
+type quiet struct {
+	m        *Manager
+	handle   Handle
+	frozen   []string // nodes
+	busy     bool     // in use where nothing can be frozen
+	busyNode string
+	released bool
+	err      error
+}
+
+// quiesce freezes the filesystem of an image on every node that may write it.
+// The result is never nil, also beside an error.
+func (m *Manager) quiesce(ctx context.Context, src *image) (*quiet, error) {
+	q := &quiet{m: m, handle: src.d.handle(src)}
+	limit := src.quiesceLimit() + freezeMargin
+	for _, a := range src.writers() {
+		agent, err := m.cfg.Agents.Agent(a)
+		if err != nil {
+			return q, err
+		}
+		state, err := agent.Freeze(ctx, q.handle, limit)
+		if err != nil {
+			return q, err
+		}
+		switch state {
+		case IsFrozen:
+			q.frozen = append(q.frozen, a)
+		case NotFreezable:
+			q.busy, q.busyNode = true, a
+		case NotStaged:
+		}
+	}
+	return q, nil
+}
+
+func (img *image) writers() []string {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	var out []string
+	for _, a := range img.attached {
+		if !a.ReadOnly {
+			out = append(out, a.Node)
+		}
+	}
+	return out
+}
+
+// release thaws. Its error says that some filesystem had not stayed frozen
+// until now. Called again it returns the same.
+func (q *quiet) release(ctx context.Context) error {
+	if q.released {
+		return q.err
+	}
+	q.released = true
+	ctx = context.WithoutCancel(ctx) // a frozen filesystem is thawed whatever happens
+	for _, node := range q.frozen {
+		agent, err := q.m.cfg.Agents.Agent(node)
+		if err == nil {
+			err = agent.Thaw(ctx, q.handle)
+		}
+		q.err = errors.Join(q.err, err)
+	}
+	return q.err
+}
+
+// copySlab creates the slab spec of dst and copies src's content into it.
+// Nobody writes src meanwhile. checkpoint is told what is durable; nil: no checkpoints.
+func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64, checkpoint func(int64) error) error {
+	defer src.read()()
+	rec, slab := src.snapshot()
+	if src.d == dst.d {
+		op.stepf("copying inside %s", src.d.id)
+	} else {
+		op.stepf("copying from %s to %s", src.d.id, dst.d.id)
+	}
+	if err := dst.d.engine.CreateSlab(ctx, spec); err != nil {
+		return err
+	}
+	in, err := src.d.engine.AttachSlab(ctx, slab, engine.AttachOptions{ReadOnly: true})
+	if err != nil {
+		return fault.In(err, "attach the source", src.d.id, slab)
+	}
+	out, err := dst.d.engine.AttachSlab(ctx, spec.ID, engine.AttachOptions{})
+	if err != nil {
+		return fault.In(err, "attach the target", dst.d.id, spec.ID)
+	}
+	if spec.Kind == engine.Tree {
+		err = m.cfg.Mover.CopyTree(ctx, in.Path, out.Path, op.progress)
+	} else {
+		err = m.cfg.Mover.CopyBlock(ctx, in.Path, out.Path, BlockCopy{Size: rec.Size, From: from,
+			DstZeroed: dst.d.desc.ZeroedSpace, Progress: op.progress, Checkpoint: checkpoint})
+	}
+	if err != nil {
+		return err
+	}
+	return dst.d.engine.DetachSlab(ctx, spec.ID)
+}
+
+// cloneVolume fills the slab of a new volume from another volume, which may be
+// in use. Inside a domain the cut goes straight into the new slab. Into another
+// domain a native hidden snapshot is taken first, because the copy takes long;
+// where there is none, the copy itself is the cut.
+func (m *Manager) cloneVolume(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec) (how, error) {
+	op.stepf("waiting for %s", src.id)
+	release, err := src.hold(ctx, op)
+	if err != nil {
+		return how{}, err
+	}
+	defer func() { release() }()
+	if err := src.usable(); err != nil {
+		return how{}, err
+	}
+	if src.d != dst.d && src.d.caps.Snapshotter != nil {
+		hidden, err := m.hiddenSnapshot(ctx, op, src)
+		if err == nil {
+			release()
+			release = func() {}
+			defer src.d.sweepLater(ctx, hidden)
+			return m.cloneSnapshot(ctx, op, hidden, dst, spec, 0)
+		}
+		if !errors.Is(err, engine.ErrDeclined) {
+			return how{}, err
+		}
+	}
+	h, _, err := m.cut(ctx, op, src, dst, spec, false)
+	return h, err
+}
+
+// hiddenSnapshot takes a native snapshot that only a running copy needs. Its
+// record stays weak: nobody sees it, and it is swept if the copy dies.
+func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image) (*image, error) {
+	rec, _ := src.snapshot()
+	rec = record{Kind: rec.Kind, Op: opHidden, Size: rec.Size, Source: src.d.handle(src).String(),
+		Created: m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params}
+	target := op.view()
+	img, err := src.d.intend(ctx, op, rec)
+	op.at(target.Domain, target.Image)
+	if err != nil {
+		return nil, err
+	}
+	spec := engine.SlabSpec{ID: img.id, Kind: engine.Kind(rec.Kind), Size: rec.Size, Params: rec.Params}
+	if _, err := m.cutNative(ctx, op, src, spec); err != nil {
+		src.d.sweepLater(ctx, img)
+		return nil, err
+	}
+	return img, nil
+}
+
+// cloneSnapshot fills the slab of a new volume from an image that never
+// changes: natively where the domain can, else by a copy that can be resumed.
+func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64) (how, error) {
+	defer src.read()()
+	rec, slab := src.snapshot()
+	if rec.dead() {
+		return how{}, fault.New(fault.NotFound, "source %s was deleted", src.id)
+	}
+	if _, _, err := src.d.allocated(ctx, rec, slab); err != nil {
+		return how{}, err
+	}
+	if src.d != dst.d {
+		if err := src.d.pin(ctx, src, dst); err != nil {
+			return how{}, err
+		}
+	} else if from == 0 {
+		h, err := m.cloneNative(ctx, op, src.d, slab, spec)
+		if !errors.Is(err, engine.ErrDeclined) {
+			return h, err
+		}
+		if src.d.cfg.NativeOnly {
+			return how{}, fault.New(fault.Unsupported, "domain %s is native-only and its storage (%s) has no native clone for a %s", src.d.id, src.d.desc.Location, rec.layout())
+		}
+	}
+	checkpoint := dst.checkpoint(ctx)
+	if !rec.Strong { // a hidden snapshot does not outlive this process
+		checkpoint = nil
+	}
+	err := m.copySlab(ctx, op, src, dst, spec, from, checkpoint)
+	h := how{reason: "copy"}
+	if src.d != dst.d {
+		h.reason = "copy from " + src.d.id
+	}
+	return h, err
+}
+
+// cloneNative clones a quiescent slab inside the storage. engine.ErrDeclined:
+// take the default.
+func (m *Manager) cloneNative(ctx context.Context, op *operation, d *domain, slab string, spec engine.SlabSpec) (how, error) {
+	if d.caps.Cloner != nil {
+		op.stepf("cloning natively")
+		err := d.caps.Cloner.CloneSlab(ctx, slab, spec)
+		if !errors.Is(err, engine.ErrDeclined) {
+			return how{native: true, reason: "clone"}, err
+		}
+	}
+	if d.caps.Copier != nil {
+		op.stepf("copying inside the storage")
+		err := d.caps.Copier.CopySlab(ctx, slab, spec, func(done int64) { op.progress(done, spec.Size) })
+		if !errors.Is(err, engine.ErrDeclined) {
+			return how{native: true, reason: "copy in the storage"}, err
+		}
+	}
+	return how{}, engine.ErrDeclined
+}
+
+// checkpoint returns a function that seals how far a copy into img is durable.
+func (img *image) checkpoint(ctx context.Context) func(int64) error {
+	return func(offset int64) error {
+		rec, slab := img.snapshot()
+		rec.Progress = offset
+		return img.d.commit(ctx, img, rec, slab)
+	}
+}
+
+// pin protects src, in its own domain, for as long as a copy into dst's
+// domain runs. The pin outlives a crash; the collector removes it when dst's
+// domain shows that the operation ended.
+func (d *domain) pin(ctx context.Context, src, dst *image) error {
+	body := pinRecord{Target: dst.d.handle(dst).String(), Nonce: nonce()}
+	raw, err := marshal(body)
+	if err != nil {
+		return err
+	}
+	tag := engine.Tag{Name: pinTag(src.id, d.next()), Record: raw}
+	if err := d.createTag(ctx, tag); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.pins[tag.Name] = body
+	if src.rec.dead() {
+		return fault.New(fault.NotFound, "source %s was deleted", src.id)
+	}
+	return nil
+}

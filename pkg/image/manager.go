@@ -1,0 +1,270 @@
+package image
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// The scopes of a domain.
+const (
+	ScopeShared = "shared"
+	ScopeNode   = "node"
+)
+
+// Config of a Manager.
+type Config struct {
+	// Installation is the identity that owns domains. Required.
+	Installation string
+	// Agents reach the nodes. Required.
+	Agents Agents
+	// Mover copies slabs by default. Required.
+	Mover Mover
+	// Observe is told of every operation that ended; may be nil. path is
+	// "native" or "default".
+	Observe func(op, domain, path string, took time.Duration, err error)
+	// Now is the clock; nil: the real one.
+	Now func() time.Time
+	// CollectEvery is the pause between rounds of the collector; 0: 30 s;
+	// negative: never by itself.
+	CollectEvery time.Duration
+}
+
+// Mover copies slab contents; package mover has the real one.
+type Mover interface {
+	// CopyBlock copies the file or device src to dst, both whole block slabs.
+	// It keeps holes, and dst is durable when it returns. fault.InUse: somebody
+	// else is still writing dst. fault.Corrupt: src is smaller than opts.Size.
+	CopyBlock(ctx context.Context, src, dst string, opts BlockCopy) error
+	// CopyTree makes the directory dst equal to src, content and metadata; dst
+	// may hold an earlier, incomplete copy. It is durable when it returns.
+	CopyTree(ctx context.Context, src, dst string, progress func(done, total int64)) error
+}
+
+// BlockCopy are the options of Mover.CopyBlock.
+type BlockCopy struct {
+	// Size of src to copy, in bytes.
+	Size int64
+	// From is where to resume: everything before it is already durable in dst.
+	From int64
+	// DstZeroed says that dst reads as zero from From on, where it was not written.
+	DstZeroed bool
+	// Progress is told bytes done of total; may be nil.
+	Progress func(done, total int64)
+	// Checkpoint is told from time to time an offset up to which dst is durable;
+	// its error ends the copy. nil: no checkpoints.
+	Checkpoint func(offset int64) error
+}
+
+// Manager does all image work. Its methods may be called by many goroutines.
+type Manager struct {
+	cfg    Config
+	ctx    context.Context // of everything that outlives a call
+	cancel context.CancelFunc
+	ops    operations
+	loops  sync.WaitGroup
+
+	mu       sync.Mutex
+	domains  map[string]*domain // by ID and by alias
+	unopened map[string]unopened
+}
+
+type unopened struct {
+	cfg    DomainConfig
+	reason error
+}
+
+// New makes a Manager without domains.
+func New(cfg Config) *Manager {
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	if cfg.CollectEvery == 0 {
+		cfg.CollectEvery = 30 * time.Second
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	return &Manager{cfg: cfg, ctx: ctx, cancel: cancel, ops: operations{byKey: map[string]*operation{}},
+		domains: map[string]*domain{}, unopened: map[string]unopened{}}
+}
+
+// AddDomain opens a domain: it claims a new epoch, indexes the domain and
+// starts to recover what was left over. It returns the domain's ID. The engine
+// is closed by Close. fault.Permission: it belongs to another installation.
+func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engine) (string, error) {
+	if err := checkDomainConfig(&cfg); err != nil {
+		return "", err
+	}
+	desc, err := e.Describe(ctx)
+	if err != nil {
+		return "", fault.In(err, "describe", cfg.Name, "")
+	}
+	d := &domain{m: m, cfg: cfg, engine: e, caps: engine.Discover(e), desc: desc, images: map[string]*image{},
+		names: map[string]string{}, pins: map[string]pinRecord{}, oldTags: map[string]time.Time{},
+		known: map[string]struct{}{}, strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1)}
+	if err := d.open(ctx); err != nil {
+		return "", err
+	}
+	keys := []string{d.id}
+	for _, a := range cfg.Aliases {
+		keys = append(keys, a+strings.TrimPrefix(d.id, cfg.Name))
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, k := range keys {
+		if m.domains[k] != nil {
+			return "", fault.New(fault.Invalid, "domain %s: the ID %q is that of another open domain", cfg.Name, k)
+		}
+	}
+	for _, k := range keys {
+		m.domains[k] = d
+	}
+	delete(m.unopened, cfg.Name)
+	klog.FromContext(ctx).Info("Domain opened", "domain", d.id, "engine", cfg.Engine, "location", desc.Location,
+		"epoch", d.epoch, "images", len(d.images), "capabilities", d.caps.List())
+	if m.cfg.CollectEvery > 0 {
+		m.loops.Add(1)
+		go d.collectLoop(klog.NewContext(m.ctx, klog.FromContext(ctx)))
+	}
+	return d.id, nil
+}
+
+// maxDomainName leaves room in a handle for the node suffix and an image ID of
+// 20+1+16 characters.
+const maxDomainName = 63
+
+func checkDomainConfig(cfg *DomainConfig) error {
+	if err := engine.CheckName("domain name", cfg.Name); err != nil {
+		return err
+	}
+	if len(cfg.Name) > maxDomainName {
+		return fault.New(fault.Invalid, "domain name %q has %d characters: at most %d are allowed", cfg.Name, len(cfg.Name), maxDomainName)
+	}
+	cfg.Scope = cmp.Or(cfg.Scope, ScopeShared)
+	if cfg.Scope != ScopeShared && cfg.Scope != ScopeNode {
+		return fault.New(fault.Invalid, "domain %s: scope %q is unknown: %q or %q", cfg.Name, cfg.Scope, ScopeShared, ScopeNode)
+	}
+	if cfg.Scope == ScopeNode && cfg.Node == "" {
+		return fault.New(fault.Invalid, "domain %s: scope %q needs a node", cfg.Name, ScopeNode)
+	}
+	if cfg.Overcommit == 0 {
+		cfg.Overcommit = 1
+	}
+	if cfg.Overcommit < 0 || cfg.CapacityLimit < 0 {
+		return fault.New(fault.Invalid, "domain %s: overcommit %g and capacityLimit %d must not be negative", cfg.Name, cfg.Overcommit, cfg.CapacityLimit)
+	}
+	return nil
+}
+
+// Unopened records a configured domain that could not be opened, so that its
+// objects are unavailable rather than absent.
+func (m *Manager) Unopened(cfg DomainConfig, reason error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.unopened[cfg.Name] = unopened{cfg, reason}
+}
+
+// Close stops background work, waits for it, and closes the engines. Running
+// operations are abandoned where they are, to be recovered at the next opening.
+func (m *Manager) Close() error {
+	m.ops.mu.Lock()
+	m.ops.closed = true
+	m.ops.mu.Unlock()
+	m.cancel()
+	m.ops.wg.Wait()
+	m.loops.Wait()
+	var errs []error
+	for _, d := range m.open() {
+		errs = append(errs, d.engine.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// open lists the open domains, each once, ordered by ID.
+func (m *Manager) open() []*domain {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	set := map[*domain]struct{}{}
+	for _, d := range m.domains {
+		set[d] = struct{}{}
+	}
+	return slices.SortedFunc(maps.Keys(set), func(a, b *domain) int { return cmp.Compare(a.id, b.id) })
+}
+
+// domain finds an open domain by ID or alias. fault.Unavailable: it is not
+// open; that never means that its objects are gone.
+func (m *Manager) domain(id string) (*domain, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if d := m.domains[id]; d != nil {
+		return d, nil
+	}
+	for name, u := range m.unopened {
+		if id == name || strings.HasPrefix(id, name+".") {
+			return nil, fault.New(fault.Unavailable, "domain %s is not open: %w", id, u.reason)
+		}
+	}
+	return nil, fault.New(fault.Unavailable, "domain %s is not configured; its images are out of reach until it is", id)
+}
+
+// allOpen fails until every configured domain was indexed.
+func (m *Manager) allOpen() error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name, u := range m.unopened {
+		return fault.New(fault.Unavailable, "domain %s is not open: %w", name, u.reason)
+	}
+	return nil
+}
+
+// find finds a visible image by handle.
+func (m *Manager) find(h Handle) (*image, error) {
+	d, err := m.domain(h.Domain)
+	if err != nil {
+		return nil, err
+	}
+	return d.get(h.Image)
+}
+
+// byName finds the one undeleted incarnation of a CSI name in any domain.
+func (m *Manager) byName(space, name string) *image {
+	for _, d := range m.open() {
+		d.mu.Lock()
+		img := d.images[d.names[space+"/"+name]]
+		d.mu.Unlock()
+		if img != nil {
+			return img
+		}
+	}
+	return nil
+}
+
+// Engine of an open domain, for attaching slabs. fault.Unavailable: not open.
+func (m *Manager) Engine(domain string) (engine.Engine, error) {
+	d, err := m.domain(domain)
+	if err != nil {
+		return nil, err
+	}
+	return d.engine, nil
+}
+
+// Topology says from which node a domain's images can be reached; "": from all.
+func (m *Manager) Topology(domain string) (node string, err error) {
+	d, err := m.domain(domain)
+	if err != nil {
+		return "", err
+	}
+	if d.cfg.Scope == ScopeNode {
+		return d.cfg.Node, nil
+	}
+	return "", nil
+}

@@ -1,0 +1,251 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// named says whether a class that names the domain means this one: by its
+// configured name, its ID or an alias.
+func (d *domain) named(name string) bool {
+	return name == d.cfg.Name || name == d.id || slices.Contains(d.cfg.Aliases, name)
+}
+
+// candidates lists the domains that a class names, in its order.
+func (m *Manager) candidates(names []string) ([]*domain, error) {
+	open := m.open()
+	if len(names) == 0 {
+		if err := m.allOpen(); err != nil {
+			return nil, err
+		}
+		if len(open) != 1 {
+			return nil, fault.New(fault.Invalid, "parameter domain is missing: one of %s", strings.Join(configuredNames(open), ", "))
+		}
+		return open, nil
+	}
+	var out []*domain
+	for _, n := range names {
+		found := false
+		for _, d := range open {
+			if d.named(n) {
+				out, found = append(out, d), true
+			}
+		}
+		if !found {
+			m.mu.Lock()
+			u, closed := m.unopened[n]
+			m.mu.Unlock()
+			if closed {
+				return nil, fault.New(fault.Unavailable, "domain %s is not open: %w", n, u.reason)
+			}
+			return nil, fault.New(fault.Invalid, "parameter domain: %q is not configured: one of %s", n, strings.Join(configuredNames(open), ", "))
+		}
+	}
+	return out, nil
+}
+
+func configuredNames(ds []*domain) []string {
+	var out []string
+	for _, d := range ds {
+		if !slices.Contains(out, d.cfg.Name) {
+			out = append(out, d.cfg.Name)
+		}
+	}
+	return out
+}
+
+// place chooses the domain and the size. A restore stays in its source's
+// domain if the class allows that, because native clones need it.
+func (c *creation) place(ctx context.Context, srcSize int64) error {
+	list, err := c.m.candidates(c.r.Domains)
+	if c.r.RestoreToSource && c.src != nil {
+		list, err = []*domain{c.src.d}, nil
+	}
+	if err != nil {
+		return err
+	}
+	if c.src != nil {
+		if i := slices.Index(list, c.src.d); i > 0 {
+			list = append([]*domain{list[i]}, slices.Delete(slices.Clone(list), i, i+1)...)
+		}
+	}
+	var last error
+	for _, d := range list {
+		size, err := c.fits(ctx, d, srcSize)
+		if err == nil {
+			c.d, c.size = d, size
+			return nil
+		}
+		last = err
+	}
+	return last
+}
+
+// fits says whether the volume can be made in d, and its size there.
+func (c *creation) fits(ctx context.Context, d *domain, srcSize int64) (int64, error) {
+	d.mu.Lock()
+	fenced := d.fenced
+	d.mu.Unlock()
+	if fenced != nil {
+		return 0, fenced
+	}
+	if err := d.checkReach(c.r.Accesses, c.layout); err != nil {
+		return 0, err
+	}
+	if err := d.checkParams(c.r.Params); err != nil {
+		return 0, err
+	}
+	if err := d.checkNative(c.r.RequireNative); err != nil {
+		return 0, err
+	}
+	if d.cfg.Scope == ScopeNode && len(c.r.Nodes) > 0 && !slices.Contains(c.r.Nodes, d.cfg.Node) {
+		return 0, fault.New(fault.Exhausted, "domain %s belongs to node %s, the volume must be reachable from %s", d.id, d.cfg.Node, strings.Join(c.r.Nodes, ", "))
+	}
+	if c.src != nil && d != c.src.d && d.cfg.NativeOnly {
+		return 0, fault.New(fault.Invalid, "domain %s is native-only: a volume cannot be copied into it from domain %s", d.id, c.src.d.id)
+	}
+	maxSlab := d.desc.MaxSlabSize
+	if c.layout == LayoutDirectory {
+		maxSlab = 0
+	}
+	size, err := sizeFor(c.r.Size, c.r.Limit, srcSize, d.desc.Granularity, c.fs, maxSlab)
+	if err != nil {
+		return 0, err
+	}
+	release, err := d.reserve(ctx, size)
+	if err != nil {
+		return 0, err
+	}
+	release()
+	return size, nil
+}
+
+// room is what limits a domain, as measured now. All in bytes; -1: unlimited.
+type room struct{ total, available int64 }
+
+// room measures the domain. Foreign bytes are promised to nobody, but are not
+// free either.
+func (d *domain) room(ctx context.Context) (room, error) {
+	r := room{total: -1, available: -1}
+	if d.cfg.CapacityLimit > 0 {
+		r.total = d.cfg.CapacityLimit
+	}
+	if d.caps.Meter == nil {
+		return r, nil
+	}
+	u, err := d.caps.Meter.DomainUsage(ctx)
+	if err != nil {
+		return r, fault.In(err, "measure the usage", d.id, "")
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if own := u.Total - d.foreign; r.total < 0 || own < r.total {
+		r.total = own
+	}
+	r.available = u.Available
+	return r, nil
+}
+
+// left is what may still be promised. The caller holds d.mu.
+func (d *domain) left(r room) int64 {
+	n := int64(unlimited)
+	if r.total >= 0 {
+		n = int64(float64(r.total)*d.cfg.Overcommit) - d.promised
+	}
+	if r.available >= 0 {
+		n = min(n, int64(float64(r.available)*d.cfg.Overcommit))
+	}
+	return max(0, n)
+}
+
+// unlimited is what a domain promises that measures nothing and has no limit: 1 EiB.
+const unlimited = 1 << 60
+
+// capacity is what may still be promised, in bytes.
+func (d *domain) capacity(ctx context.Context) (int64, error) {
+	r, err := d.room(ctx)
+	if err != nil {
+		return 0, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.left(r), nil
+}
+
+// reserve promises size bytes until the returned function is called (again:
+// no effect). fault.Exhausted: there is not so much.
+func (d *domain) reserve(ctx context.Context, size int64) (release func(), err error) {
+	r, err := d.room(ctx)
+	if err != nil {
+		return nil, err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if n := d.left(r); size > n {
+		return nil, fault.New(fault.Exhausted, "%s (%d bytes) are asked for, domain %s has %s (%d bytes) left to promise (overcommit %g)",
+			bytesText(size), size, d.id, bytesText(n), n, d.cfg.Overcommit)
+	}
+	d.promised += size
+	released := false
+	return func() {
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if !released {
+			released = true
+			d.promised -= size
+		}
+	}, nil
+}
+
+// Capacity that can still be promised in the named domains (none: all), as far
+// as they can be reached from node ("": any), with the largest and the
+// smallest volume possible, in bytes.
+func (m *Manager) Capacity(ctx context.Context, domains []string, node string) (available, maxVolume, minVolume int64, err error) {
+	if err := m.allOpen(); err != nil && len(domains) == 0 {
+		return 0, 0, 0, err
+	}
+	list := m.open()
+	if len(domains) > 0 {
+		if list, err = m.candidates(domains); err != nil {
+			return 0, 0, 0, err
+		}
+	}
+	for _, d := range list {
+		if node != "" && d.cfg.Scope == ScopeNode && d.cfg.Node != node {
+			continue
+		}
+		n, err := d.capacity(ctx)
+		if err != nil {
+			return 0, 0, 0, err
+		}
+		available += n
+		if d.desc.MaxSlabSize > 0 {
+			n = min(n, d.desc.MaxSlabSize)
+		}
+		maxVolume = max(maxVolume, n)
+	}
+	return available, maxVolume, minSizes[""], nil
+}
+
+// allocated is how many bytes an image's slab takes now, and checks on the way
+// that the slab is as large as recorded. ok is false where nobody can tell.
+func (d *domain) allocated(ctx context.Context, rec record, slab string) (n int64, ok bool, err error) {
+	if d.caps.Meter == nil {
+		return 0, false, nil
+	}
+	u, err := d.caps.Meter.SlabUsage(ctx, slab)
+	switch {
+	case errors.Is(err, engine.ErrDeclined):
+		return 0, false, nil
+	case err != nil:
+		return 0, false, err
+	case rec.Kind == string(engine.Block) && u.Total < rec.Size:
+		return 0, false, fault.New(fault.Corrupt, "slab %s has %d bytes, recorded are %d: it was truncated; see kubectl quarry check", slab, u.Total, rec.Size)
+	}
+	return u.Used, true, nil
+}

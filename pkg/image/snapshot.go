@@ -1,0 +1,151 @@
+package image
+
+import (
+	"context"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// CreateSnapshot makes a snapshot of a volume, in the volume's domain. It is
+// idempotent by name. It returns after the cut. fault.Exists: the name is taken
+// by a snapshot of another volume. fault.InUse: the volume is in use and cannot
+// be kept still. fault.Pending: the cut was not made yet.
+func (m *Manager) CreateSnapshot(ctx context.Context, r SnapshotRequest) (Image, error) {
+	if err := checkName("snapshot", r.Name); err != nil {
+		return Image{}, err
+	}
+	return do(ctx, m, spaceSnapshot+"/"+r.Name, "create snapshot", r.Name, fingerprint(r.Source), func(ctx context.Context, op *operation) (Image, error) {
+		return m.createSnapshot(ctx, op, r)
+	})
+}
+
+func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotRequest) (Image, error) {
+	if img := m.byName(spaceSnapshot, r.Name); img != nil {
+		done, err := m.existingSnapshot(ctx, op, img, r.Source.String())
+		if done || err != nil {
+			return m.view(img), err
+		}
+	}
+	src, err := m.volume(r.Source)
+	if err != nil {
+		return Image{}, err
+	}
+	op.at(src.d.id, "")
+	if err := src.d.checkNative(r.RequireNative); err != nil {
+		return Image{}, err
+	}
+	op.stepf("waiting for %s", src.id)
+	release, err := src.hold(ctx, op)
+	if err != nil {
+		return Image{}, err
+	}
+	defer release()
+	c := cutting{m: m, op: op, src: src, name: r.Name, inexact: r.Inexact, described: r.Described}
+	if err := c.intend(ctx, opSnapshot, ""); err != nil {
+		return Image{}, err
+	}
+	if err := c.cutAndSeal(ctx); err != nil {
+		if err := src.d.abandon(ctx, c.img, err); err != nil {
+			return Image{}, err
+		}
+	}
+	return m.view(c.img), nil
+}
+
+// existingSnapshot deals with a snapshot that has the name already. What an
+// earlier life left half made is swept.
+func (m *Manager) existingSnapshot(ctx context.Context, op *operation, img *image, source string) (done bool, err error) {
+	release, err := img.hold(ctx, op)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	img.d.mu.Lock()
+	fenced, rec := img.d.fenced, img.rec
+	img.d.mu.Unlock()
+	switch {
+	case fenced != nil:
+		return false, fenced
+	case rec.Strong && rec.Source != source:
+		return false, fault.New(fault.Exists, "a snapshot with this name exists, of volume %s; asked for was one of %s", rec.Source, source)
+	case rec.Strong:
+		return true, nil
+	case rec.dead():
+		return false, nil
+	}
+	return false, img.d.sweep(ctx, img)
+}
+
+// volume finds a visible volume.
+func (m *Manager) volume(h Handle) (*image, error) {
+	img, err := m.find(h)
+	if err != nil {
+		return nil, err
+	}
+	if rec, _ := img.snapshot(); !rec.Mutable {
+		return nil, fault.New(fault.NotFound, "%s is a snapshot, not a volume", h)
+	}
+	return img, nil
+}
+
+// cutting is a snapshot under way. Its source is locked.
+type cutting struct {
+	m         *Manager
+	op        *operation
+	src       *image
+	name      string
+	inexact   bool
+	described Described
+
+	img *image
+	rec record
+}
+
+// intend checks the source and writes the intent.
+func (c *cutting) intend(ctx context.Context, verb, group string) error {
+	d := c.src.d
+	if err := c.src.usable(); err != nil {
+		return err
+	}
+	rec, slab := c.src.snapshot()
+	alloc, known, err := d.allocated(ctx, rec, slab)
+	if err != nil {
+		return err
+	}
+	if !known {
+		alloc = rec.Size
+	}
+	release, err := d.reserve(ctx, min(alloc, rec.Size))
+	if err != nil {
+		return err
+	}
+	defer release()
+	c.rec = record{Name: c.name, Kind: rec.Kind, Op: verb, Size: rec.Size, Alloc: alloc, Source: d.handle(c.src).String(),
+		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group}
+	c.img, err = d.intend(ctx, c.op, c.rec)
+	return err
+}
+
+func (c *cutting) spec() engine.SlabSpec {
+	return engine.SlabSpec{ID: c.img.id, Kind: engine.Kind(c.rec.Kind), Size: c.rec.Size, Params: c.rec.Params}
+}
+
+func (c *cutting) cutAndSeal(ctx context.Context) error {
+	d := c.src.d
+	if err := d.describe(ctx, c.img, c.described); err != nil {
+		return err
+	}
+	h, inexact, err := c.m.cut(ctx, c.op, c.src, c.img, c.spec(), c.inexact)
+	if err != nil {
+		return err
+	}
+	c.op.took(h)
+	c.op.stepf("sealing")
+	rec := c.rec
+	rec.Strong, rec.Op, rec.Inexact, rec.How, rec.Created = true, "", inexact, h.String(), c.m.cfg.Now().UnixMilli()
+	if n, known, err := d.allocated(ctx, rec, c.img.id); err == nil && known {
+		rec.Alloc = max(n, 1)
+	}
+	return d.commit(ctx, c.img, rec, c.img.id)
+}
