@@ -1,0 +1,435 @@
+package csi
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+func TestPublishGivesTheGenerationAndNothingElse(t *testing.T) {
+	s, m, n := world(t)
+	r, err := s.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{VolumeId: "nas/v-1", NodeId: "n1", VolumeCapability: mount("", writer)})
+	if err != nil || !reflect.DeepEqual(r.PublishContext, map[string]string{GenerationKey: "42"}) {
+		t.Fatalf("%v, %v", r, err)
+	}
+	if _, err := s.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{
+		VolumeId: "nas/v-1", StagingTargetPath: "/st", VolumeCapability: mount("xfs", writer), PublishContext: r.PublishContext,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if got := n.staged[0]; got.Generation != 42 || got.Path != "/st" || got.Access.Filesystem != "xfs" || got.Handle.String() != "nas/v-1" {
+		t.Errorf("staged %+v", got)
+	}
+	for _, c := range []map[string]string{nil, {GenerationKey: ""}, {GenerationKey: "x"}, {GenerationKey: "99999999999999999999"}, {"device": "/dev/mock"}} {
+		_, err := s.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: "/st", VolumeCapability: mount("", writer), PublishContext: c})
+		wantKind(t, fmt.Sprint(c), err, fault.Invalid)
+	}
+	_, err = s.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{VolumeId: "nas/v-1", NodeId: "n2", VolumeCapability: mount("", writer)})
+	wantKind(t, "unknown node", err, fault.NotFound)
+	_, err = s.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{VolumeId: "nas/v-1", NodeId: strings.Repeat("n", 257), VolumeCapability: mount("", writer)})
+	wantKind(t, "long node", err, fault.Invalid)
+	_, err = s.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{VolumeId: "nas/s-1", NodeId: "n1", VolumeCapability: mount("", writer)})
+	wantKind(t, "a snapshot's handle", err, fault.NotFound)
+	if len(m.calls) != 1 {
+		t.Errorf("calls: %v", m.calls)
+	}
+	if _, err := s.ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: "nas/v-1"}); err != nil || m.calls[1] != "detach nas/v-1 " {
+		t.Errorf("all nodes: %v, %v", err, m.calls)
+	}
+}
+
+func TestUnpublishWaitsForTheAgent(t *testing.T) {
+	s, m, _ := world(t)
+	m.fail = fault.New(fault.Unavailable, "node n1 has not confirmed")
+	_, err := s.ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: "nas/v-1", NodeId: "n1"})
+	wantKind(t, "unpublish", err, fault.Unavailable)
+}
+
+func TestValidateSaysWhyNot(t *testing.T) {
+	s, m, _ := world(t)
+	v := image.Handle{Domain: "nas", Image: "v-1"}
+	const many = csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER
+	const readers = csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
+	for _, c := range []struct {
+		what   string
+		layout image.Layout
+		fs     string // that it carries
+		scope  string
+		multi  bool
+		cap    *csi.VolumeCapability
+		params map[string]string
+		ctx    map[string]string
+		why    string // "": confirmed
+	}{
+		{"mounted", image.LayoutImage, "", "shared", false, mount("", writer), nil, nil, ""},
+		{"block", image.LayoutImage, "", "shared", false, block(writer), nil, nil, ""},
+		{"same filesystem", image.LayoutImage, "xfs", "shared", false, mount("xfs", writer), nil, nil, ""},
+		{"other filesystem", image.LayoutImage, "xfs", "shared", false, mount("ext4", writer), nil, nil, `carries "xfs"`},
+		{"directory", image.LayoutDirectory, "", "shared", false, mount("", many), nil, nil, ""},
+		{"directory as block", image.LayoutDirectory, "", "shared", false, block(writer), nil, nil, "no block device"},
+		{"directory with filesystem", image.LayoutDirectory, "", "shared", false, mount("ext4", writer), nil, nil, "layout"},
+		{"filesystem on many nodes", image.LayoutImage, "", "shared", false, mount("", many), nil, nil, "several nodes"},
+		{"filesystem read on many nodes", image.LayoutImage, "", "shared", false, mount("", readers), nil, nil, ""},
+		{"block on many nodes", image.LayoutImage, "", "shared", false, block(many), nil, nil, "several nodes"},
+		{"block on many nodes where it can", image.LayoutImage, "", "shared", true, block(many), nil, nil, ""},
+		{"many nodes of a node's domain", image.LayoutImage, "", "node", false, mount("", readers), nil, nil, `node "n1" only`},
+		{"same layout", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"layout": "image", "domain": "nas"}, nil, ""},
+		{"other layout", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"layout": "directory"}, nil, "layout"},
+		{"other domain", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"domain": "local"}, nil, "local"},
+		{"unknown parameter", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"colour": "red"}, nil, "colour"},
+		{"the sidecars' context", image.LayoutImage, "", "shared", false, mount("", writer), nil, map[string]string{"storage.kubernetes.io/csiProvisionerIdentity": "x"}, ""},
+		{"a stranger's context", image.LayoutImage, "", "shared", false, mount("", writer), nil, map[string]string{"share": "x"}, "share"},
+	} {
+		m.images[v] = image.Image{Handle: v, Mutable: true, Layout: c.layout, Filesystem: c.fs}
+		m.domains[0].Config.Scope, m.domains[0].Config.Node = c.scope, "n1"
+		m.domains[0].Description.MultiWriterBlock = c.multi
+		r, err := s.ValidateVolumeCapabilities(ctx, &csi.ValidateVolumeCapabilitiesRequest{
+			VolumeId: v.String(), VolumeCapabilities: []*csi.VolumeCapability{c.cap}, Parameters: c.params, VolumeContext: c.ctx,
+		})
+		switch {
+		case err != nil:
+			t.Errorf("%s: %v", c.what, err)
+		case c.why == "" && (r.Confirmed == nil || len(r.Confirmed.VolumeCapabilities) != 1):
+			t.Errorf("%s: not confirmed: %s", c.what, r.Message)
+		case c.why != "" && (r.Confirmed != nil || !strings.Contains(r.Message, c.why)):
+			t.Errorf("%s: %v, want a message with %q", c.what, r, c.why)
+		}
+	}
+}
+
+func TestPagesAreStableWhileVolumesComeAndGo(t *testing.T) {
+	s, m, _ := world(t)
+	add := func(id string, mutable bool) {
+		h := image.Handle{Domain: "nas", Image: id}
+		m.images[h] = image.Image{Handle: h, Mutable: mutable, Source: "nas/v-1", State: image.Optimized}
+	}
+	clear(m.images)
+	for i := range 7 {
+		add(fmt.Sprintf("v-%d", i), true)
+		add(fmt.Sprintf("s-%d", i), false)
+	}
+	var got []string
+	token := ""
+	for {
+		r, err := s.ListVolumes(ctx, &csi.ListVolumesRequest{MaxEntries: 3, StartingToken: token})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range r.Entries {
+			got = append(got, e.Volume.VolumeId)
+		}
+		if token = r.NextToken; token == "" {
+			break
+		}
+		// What was given already, and the token's own volume, go; something new comes.
+		delete(m.images, image.Handle{Domain: "nas", Image: strings.TrimPrefix(token, "nas/")})
+		add("v-00", true)
+	}
+	want := []string{"nas/v-0", "nas/v-1", "nas/v-2", "nas/v-3", "nas/v-4", "nas/v-5", "nas/v-6"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	exact, err := s.ListSnapshots(ctx, &csi.ListSnapshotsRequest{MaxEntries: 7})
+	if err != nil || len(exact.Entries) != 7 || exact.NextToken != "" {
+		t.Errorf("a list that just fits: %v, %v", exact, err)
+	}
+	for _, bad := range []string{"invalid-token", "7", "nas", "../x"} {
+		_, err := s.ListVolumes(ctx, &csi.ListVolumesRequest{StartingToken: bad})
+		wantKind(t, bad, err, fault.Conflict)
+		_, err = s.ListSnapshots(ctx, &csi.ListSnapshotsRequest{StartingToken: bad})
+		wantKind(t, bad, err, fault.Conflict)
+		_, err = s.ControllerListVolumeHealth(ctx, &csi.ControllerListVolumeHealthRequest{StartingToken: bad})
+		wantKind(t, bad, err, fault.Conflict)
+	}
+	_, err = s.ListVolumes(ctx, &csi.ListVolumesRequest{MaxEntries: -1})
+	wantKind(t, "negative", err, fault.Invalid)
+}
+
+func TestListNamesTheNodes(t *testing.T) {
+	s, m, _ := world(t)
+	h := image.Handle{Domain: "nas", Image: "v-1"}
+	img := m.images[h]
+	img.Attachments = []image.Attachment{{Node: "n2"}, {Node: "n1"}, {Node: "n2"}}
+	m.images[h] = img
+	l, err := s.ListVolumes(ctx, &csi.ListVolumesRequest{})
+	if err != nil || !slices.Equal(l.Entries[0].Status.PublishedNodeIds, []string{"n1", "n2"}) {
+		t.Errorf("%v, %v", l, err)
+	}
+	g, err := s.ControllerGetVolume(ctx, &csi.ControllerGetVolumeRequest{VolumeId: "nas/v-1"})
+	if err != nil || !slices.Equal(g.Status.PublishedNodeIds, []string{"n1", "n2"}) {
+		t.Errorf("%v, %v", g, err)
+	}
+}
+
+func TestSnapshotsAreFound(t *testing.T) {
+	s, m, _ := world(t)
+	for i := range 4 {
+		h := image.Handle{Domain: "nas", Image: fmt.Sprintf("s-other%d", i)}
+		m.images[h] = image.Image{Handle: h, Source: fmt.Sprintf("nas/v-%d", i%2+1)}
+	}
+	ids := func(r *csi.ListSnapshotsResponse, err error) string {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out []string
+		for _, e := range r.Entries {
+			out = append(out, e.Snapshot.SnapshotId)
+		}
+		return strings.Join(out, " ") + "|" + r.NextToken
+	}
+	for _, c := range []struct {
+		req  *csi.ListSnapshotsRequest
+		want string
+	}{
+		{&csi.ListSnapshotsRequest{SnapshotId: "nas/s-1"}, "nas/s-1|"},
+		{&csi.ListSnapshotsRequest{SnapshotId: "nas/s-1", SourceVolumeId: "nas/v-1"}, "nas/s-1|"},
+		{&csi.ListSnapshotsRequest{SnapshotId: "nas/s-1", SourceVolumeId: "nas/v-2"}, "|"},
+		{&csi.ListSnapshotsRequest{SnapshotId: "none-exist-id"}, "|"},
+		{&csi.ListSnapshotsRequest{SnapshotId: "nas/v-1"}, "|"}, // a volume
+		{&csi.ListSnapshotsRequest{SourceVolumeId: "fake-vol-id"}, "|"},
+		{&csi.ListSnapshotsRequest{SourceVolumeId: "nas/v-1"}, "nas/s-1 nas/s-other0 nas/s-other2|"},
+		{&csi.ListSnapshotsRequest{SourceVolumeId: "nas/v-1", MaxEntries: 2}, "nas/s-1 nas/s-other0|nas/s-other0"},
+		{&csi.ListSnapshotsRequest{SourceVolumeId: "nas/v-1", MaxEntries: 2, StartingToken: "nas/s-other0"}, "nas/s-other2|"},
+	} {
+		if got := ids(s.ListSnapshots(ctx, c.req)); got != c.want {
+			t.Errorf("%v: %q, want %q", c.req, got, c.want)
+		}
+	}
+	g, err := s.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: "nas/s-1"})
+	if err != nil || g.Snapshot.SourceVolumeId != "nas/v-1" || !g.Snapshot.ReadyToUse || g.Snapshot.SizeBytes != 1<<30 || g.Snapshot.CreationTime.AsTime().Unix() != 5 {
+		t.Errorf("%v, %v", g, err)
+	}
+	_, err = s.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: "nas/v-1"})
+	wantKind(t, "a volume's handle", err, fault.NotFound)
+}
+
+func TestSnapshotClass(t *testing.T) {
+	s, m, _ := world(t)
+	_, err := s.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: "nas/v-1", Parameters: map[string]string{
+		"inexact": "allow", "requireNative": "snapshot", "csi.storage.k8s.io/volumesnapshot/name": "daily", "csi.storage.k8s.io/volumesnapshot/namespace": "shop",
+	}})
+	want := image.SnapshotRequest{
+		Name: "s", Source: image.Handle{Domain: "nas", Image: "v-1"}, Inexact: true, RequireNative: []engine.Capability{engine.CapSnapshot},
+		Described: image.Described{Namespace: "shop", Claim: "daily"},
+	}
+	if err != nil || !reflect.DeepEqual(m.snapped, []image.SnapshotRequest{want}) {
+		t.Errorf("%v: %+v", err, m.snapped)
+	}
+	_, err = s.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: "nas/v-1", AccessibilityRequirements: &csi.TopologyRequirement{}})
+	wantKind(t, "topology", err, fault.Invalid)
+}
+
+func TestGroupsCompareTheirMembers(t *testing.T) {
+	s, m, _ := world(t)
+	for _, c := range []struct {
+		ids []string
+		ok  bool
+	}{{[]string{"nas/m-1", "nas/m-2"}, true}, {[]string{"nas/m-2", "nas/m-1"}, true}, {nil, false}, {[]string{"nas/m-1"}, false}, {[]string{"nas/m-1", "nas/m-2", "nas/m-3"}, false}, {[]string{"nas/m-1", "nas/m-1"}, false}} {
+		m.calls = nil
+		_, gerr := s.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: "nas/g-1", SnapshotIds: c.ids})
+		_, derr := s.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: "nas/g-1", SnapshotIds: c.ids})
+		if c.ok && (gerr != nil || derr != nil || len(m.calls) != 1) {
+			t.Errorf("%v: %v, %v, %v", c.ids, gerr, derr, m.calls)
+		}
+		if !c.ok {
+			wantKind(t, "get", gerr, fault.Invalid)
+			wantKind(t, "delete", derr, fault.Invalid)
+			if len(m.calls) != 0 {
+				t.Errorf("%v: deleted all the same", c.ids)
+			}
+		}
+	}
+	g, err := s.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: "nas/g-1", SnapshotIds: []string{"nas/m-1", "nas/m-2"}})
+	if err != nil || g.GroupSnapshot.ReadyToUse { // one member is not ready
+		t.Errorf("%v, %v", g, err)
+	}
+	for _, sn := range g.GetGroupSnapshot().GetSnapshots() {
+		if sn.GroupSnapshotId != "nas/g-1" {
+			t.Errorf("member %v without its group", sn)
+		}
+	}
+	for _, ids := range [][]string{nil, {"nas/v-1", "nas/v-1"}} {
+		_, err = s.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: ids})
+		wantKind(t, fmt.Sprint(ids), err, fault.Invalid)
+	}
+	r, err := s.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{"nas/v-1", "nas/v-2"}})
+	if err != nil || len(r.GroupSnapshot.Snapshots) != 2 || r.GroupSnapshot.Snapshots[1].SourceVolumeId != "nas/v-2" {
+		t.Errorf("%v, %v", r, err)
+	}
+}
+
+func TestModifyChangesOnlyWhatIsNamed(t *testing.T) {
+	s, m, _ := world(t)
+	_, err := s.ControllerModifyVolume(ctx, &csi.ControllerModifyVolumeRequest{VolumeId: "nas/v-1", MutableParameters: map[string]string{"quiesceLimit": "20s", "iops": "5"}})
+	if err != nil || m.modified[0] != (image.Tuning{QuiesceLimit: 20 * time.Second}) || !reflect.DeepEqual(m.params, map[string]string{"iops": "5"}) {
+		t.Errorf("%v: %+v %v", err, m.modified, m.params)
+	}
+	for _, p := range []map[string]string{nil, {"chainLimit": "x"}} {
+		_, err := s.ControllerModifyVolume(ctx, &csi.ControllerModifyVolumeRequest{VolumeId: "nas/v-1", MutableParameters: p})
+		wantKind(t, fmt.Sprint(p), err, fault.Invalid)
+	}
+}
+
+func TestExpandTellsTheNodeWhereThereIsADevice(t *testing.T) {
+	s, m, _ := world(t)
+	for layout, want := range map[image.Layout]bool{image.LayoutImage: true, image.LayoutDirectory: false} {
+		h := image.Handle{Domain: "nas", Image: "v-1"}
+		m.images[h] = image.Image{Handle: h, Mutable: true, Layout: layout}
+		r, err := s.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: "nas/v-1", CapacityRange: &csi.CapacityRange{RequiredBytes: 5}})
+		if err != nil || r.CapacityBytes != 5 || r.NodeExpansionRequired != want {
+			t.Errorf("%s: %v, %v", layout, r, err)
+		}
+	}
+	_, err := s.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: "nas/v-1", CapacityRange: &csi.CapacityRange{RequiredBytes: 5}, VolumeCapability: block(writer)})
+	if layout := m.images[image.Handle{Domain: "nas", Image: "v-1"}].Layout; layout == image.LayoutDirectory {
+		wantKind(t, "a directory as block", err, fault.Invalid)
+	}
+}
+
+func TestCapacityCountsOnlyDomainsThatFit(t *testing.T) {
+	s, m, _ := world(t)
+	m.domains[0].Description.Kinds = []engine.Kind{engine.Tree}
+	for _, c := range []struct {
+		req  *csi.GetCapacityRequest
+		want int64
+	}{
+		{&csi.GetCapacityRequest{}, 100},
+		{&csi.GetCapacityRequest{Parameters: map[string]string{"layout": "directory"}}, 100},
+		{&csi.GetCapacityRequest{Parameters: map[string]string{"layout": "image"}}, 0},
+		{&csi.GetCapacityRequest{VolumeCapabilities: []*csi.VolumeCapability{block(writer)}}, 0},
+		{&csi.GetCapacityRequest{VolumeCapabilities: []*csi.VolumeCapability{mount("", csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER)}}, 100},
+		{&csi.GetCapacityRequest{Parameters: map[string]string{"layout": "directory", "requireNative": "snapshot"}}, 0},
+	} {
+		r, err := s.GetCapacity(ctx, c.req)
+		if err != nil || r.AvailableCapacity != c.want {
+			t.Errorf("%v: %v, %v; want %d", c.req, r, err, c.want)
+		}
+	}
+}
+
+func TestNativeOnlyDomainsTakeCapabilitiesAway(t *testing.T) {
+	s, m, _ := world(t)
+	has := func(want csi.ControllerServiceCapability_RPC_Type) bool {
+		r, err := s.ControllerGetCapabilities(ctx, &csi.ControllerGetCapabilitiesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.ContainsFunc(r.Capabilities, func(c *csi.ControllerServiceCapability) bool { return c.GetRpc().GetType() == want })
+	}
+	const snap, clone = csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT, csi.ControllerServiceCapability_RPC_CLONE_VOLUME
+	if !has(snap) || !has(clone) {
+		t.Error("the defaults do not count")
+	}
+	m.domains[0].Config.NativeOnly = true
+	m.domains[0].Capabilities = []engine.Capability{engine.CapSnapshot}
+	if !has(snap) || has(clone) {
+		t.Error("a native-only domain with snapshots and without clones is not told")
+	}
+	m.domains = append(m.domains, image.DomainInfo{ID: "other", Open: true})
+	if !has(clone) {
+		t.Error("another domain's default does not count")
+	}
+	m.domains = nil
+	if !has(snap) {
+		t.Error("without domains nothing is known to be missing")
+	}
+}
+
+func TestHealth(t *testing.T) {
+	s, m, n := world(t)
+	state := func(st image.State) *csi.VolumeHealth {
+		h := image.Handle{Domain: "nas", Image: "v-1"}
+		m.images[h] = image.Image{Handle: h, Mutable: true, State: st, Reason: "because"}
+		r, err := s.ControllerGetVolumeHealth(ctx, &csi.ControllerGetVolumeHealthRequest{VolumeId: "nas/v-1"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l, err := s.ControllerListVolumeHealth(ctx, &csi.ControllerListVolumeHealthRequest{})
+		if err != nil || len(l.Entries) != min(1, len(r.VolumeHealth.HealthStatuses)) {
+			t.Errorf("list: %v, %v", l, err)
+		}
+		return r.VolumeHealth
+	}
+	if h := state(image.Optimized); h.VolumeId != "nas/v-1" || len(h.HealthStatuses) != 0 {
+		t.Errorf("optimized: %v", h)
+	}
+	if h := state(image.Degraded); len(h.HealthStatuses) != 1 || h.HealthStatuses[0].Status != csi.VolumeHealthErrorType_DEGRADED || h.HealthStatuses[0].Message != "because" {
+		t.Errorf("degraded: %v", h)
+	}
+	if h := state(image.Broken); len(h.HealthStatuses) != 1 || h.HealthStatuses[0].Status != csi.VolumeHealthErrorType_INACCESSIBLE {
+		t.Errorf("broken: %v", h)
+	}
+	n.conditions = []Condition{{Inaccessible: true, Reason: "DeviceGone", Message: "m"}}
+	r, err := s.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: "nas/v-1"})
+	if err != nil || r.VolumeHealth.VolumeId != "nas/v-1" || r.VolumeHealth.HealthStatuses[0].Status != csi.VolumeHealthErrorType_INACCESSIBLE || r.VolumeHealth.HealthStatuses[0].Reason != "DeviceGone" {
+		t.Errorf("%v, %v", r, err)
+	}
+	st, err := s.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
+	if err != nil || len(st.BackendHealth) != 0 {
+		t.Errorf("%v, %v", st, err)
+	}
+	m.domains = append(m.domains,
+		image.DomainInfo{ID: "a", Problem: "gone"}, image.DomainInfo{Config: image.DomainConfig{Name: "b"}, Problem: "read-only"},
+		image.DomainInfo{ID: "c", Problem: "elsewhere", Config: image.DomainConfig{Scope: "node", Node: "n2"}})
+	st, err = s.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
+	if err != nil || len(st.BackendHealth) != 1 || st.BackendHealth[0].Message != "domain a: gone; domain b: read-only" {
+		t.Errorf("%v, %v", st, err)
+	}
+}
+
+func TestNodePathsAreVerified(t *testing.T) {
+	s, _, n := world(t)
+	for _, p := range []string{"rel/ative", "/a/../b", "/a//b", "/a/./b", "/a\x00b", "/" + strings.Repeat("a", 4096)} {
+		_, err := s.NodeStageVolume(ctx, &csi.NodeStageVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: p, VolumeCapability: mount("", writer), PublishContext: map[string]string{GenerationKey: "1"}})
+		wantKind(t, "stage", err, fault.Invalid)
+		_, err = s.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: p})
+		wantKind(t, "unstage", err, fault.Invalid)
+		_, err = s.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: "/st", TargetPath: p, VolumeCapability: mount("", writer)})
+		wantKind(t, "publish", err, fault.Invalid)
+		_, err = s.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: p, TargetPath: "/t", VolumeCapability: mount("", writer)})
+		wantKind(t, "publish", err, fault.Invalid)
+		_, err = s.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: "nas/v-1", TargetPath: p})
+		wantKind(t, "unpublish", err, fault.Invalid)
+		_, err = s.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{VolumeId: "nas/v-1", VolumePath: p})
+		wantKind(t, "stats", err, fault.NotFound)
+	}
+	_, err := s.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: "nas/v-1", TargetPath: "/t", VolumeCapability: mount("", writer)})
+	wantKind(t, "publish without staging", err, fault.InUse)
+	if len(n.staged)+len(n.published)+len(n.undone) != 0 {
+		t.Errorf("the node was called: %+v", n)
+	}
+	// 128 bytes at the least must be taken, and a trailing slash is harmless.
+	long := "/" + strings.Repeat("p", 254) + "/" + strings.Repeat("q", 254) + "/"
+	if _, err := s.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: long, TargetPath: long, Readonly: true, VolumeCapability: mount("", writer)}); err != nil || !n.published[0].ReadOnly {
+		t.Errorf("%v: %+v", err, n.published)
+	}
+}
+
+func TestStats(t *testing.T) {
+	s, _, n := world(t)
+	get := func() []*csi.VolumeUsage {
+		r, err := s.NodeGetVolumeStats(ctx, &csi.NodeGetVolumeStatsRequest{VolumeId: "nas/v-1", VolumePath: "/t"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.Usage
+	}
+	n.stats = Stats{TotalBytes: 10, UsedBytes: 3, FreeBytes: 6, TotalInodes: 5, UsedInodes: 1, FreeInodes: 4}
+	if u := get(); len(u) != 2 || u[0].Unit != csi.VolumeUsage_BYTES || u[0].Available != 6 || u[1].Unit != csi.VolumeUsage_INODES || u[1].Total != 5 {
+		t.Errorf("%v", u)
+	}
+	n.stats = Stats{Block: true, TotalBytes: 10}
+	if u := get(); len(u) != 1 || u[0].Total != 10 {
+		t.Errorf("%v", u)
+	}
+}

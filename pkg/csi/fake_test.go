@@ -1,0 +1,205 @@
+package csi
+
+import (
+	"cmp"
+	"context"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// fakeManager remembers what it was asked and answers from a map of images.
+type fakeManager struct {
+	images   map[image.Handle]image.Image
+	groups   map[image.Handle]image.Group
+	domains  []image.DomainInfo
+	node     string // that the domain belongs to
+	fail     error  // of every call
+	created  []image.CreateRequest
+	snapped  []image.SnapshotRequest
+	grouped  []image.GroupRequest
+	modified []image.Tuning
+	params   map[string]string // of the last Modify
+	calls    []string
+}
+
+func (f *fakeManager) did(what string) error {
+	f.calls = append(f.calls, what)
+	return f.fail
+}
+
+func (f *fakeManager) CreateVolume(_ context.Context, r image.CreateRequest) (image.Image, error) {
+	f.created = append(f.created, r)
+	h := image.Handle{Domain: "nas", Image: "v-new"}
+	return image.Image{Handle: h, Name: r.Name, Mutable: true, Size: max(r.Size, 1), Layout: cmp.Or(r.Layout, image.LayoutImage), Source: r.Source}, f.did("create")
+}
+
+func (f *fakeManager) DeleteVolume(_ context.Context, h image.Handle) error {
+	return cmp.Or(f.did("delete "+h.String()), f.known(h))
+}
+
+func (f *fakeManager) CreateSnapshot(_ context.Context, r image.SnapshotRequest) (image.Image, error) {
+	f.snapped = append(f.snapped, r)
+	return image.Image{Handle: image.Handle{Domain: r.Source.Domain, Image: "s-new"}, Source: r.Source.String(), Size: 5, Created: time.Unix(7, 0), Ready: true}, f.did("snapshot")
+}
+
+func (f *fakeManager) DeleteSnapshot(_ context.Context, h image.Handle) error {
+	return cmp.Or(f.did("delete snapshot "+h.String()), f.known(h))
+}
+
+func (f *fakeManager) CreateGroup(_ context.Context, r image.GroupRequest) (image.Group, error) {
+	f.grouped = append(f.grouped, r)
+	g := image.Group{Handle: image.Handle{Domain: "nas", Image: "g-new"}, Created: time.Unix(7, 0), Ready: true}
+	for i, s := range r.Sources {
+		g.Snapshots = append(g.Snapshots, image.Image{Handle: image.Handle{Domain: "nas", Image: "m-" + string(rune('a'+i))}, Source: s.String(), Ready: true})
+	}
+	return g, f.did("group")
+}
+
+func (f *fakeManager) GetGroup(_ context.Context, h image.Handle) (image.Group, error) {
+	g, ok := f.groups[h]
+	if !ok {
+		return g, fault.New(fault.NotFound, "no group %s", h)
+	}
+	return g, f.fail
+}
+
+func (f *fakeManager) DeleteGroup(_ context.Context, h image.Handle) error {
+	return f.did("delete group " + h.String())
+}
+
+func (f *fakeManager) Expand(_ context.Context, h image.Handle, size, limit int64) (image.Image, error) {
+	img, err := f.Get(context.Background(), h)
+	img.Size = size
+	return img, err
+}
+
+func (f *fakeManager) Modify(_ context.Context, h image.Handle, t image.Tuning, p map[string]string) error {
+	f.modified, f.params = append(f.modified, t), p
+	return f.did("modify " + h.String())
+}
+
+func (f *fakeManager) known(h image.Handle) error {
+	if _, ok := f.images[h]; !ok {
+		return fault.New(fault.NotFound, "no image %s", h)
+	}
+	return nil
+}
+
+func (f *fakeManager) Get(_ context.Context, h image.Handle) (image.Image, error) {
+	if f.fail != nil {
+		return image.Image{}, f.fail
+	}
+	return f.images[h], f.known(h)
+}
+
+func (f *fakeManager) List(_ context.Context, mutable bool, after string, max int) (out []image.Image, more bool, err error) {
+	for _, img := range f.images {
+		if img.Mutable == mutable && img.Handle.String() > after {
+			out = append(out, img)
+		}
+	}
+	slices.SortFunc(out, func(a, b image.Image) int { return cmp.Compare(a.Handle.String(), b.Handle.String()) })
+	if max > 0 && len(out) > max {
+		out, more = out[:max], true
+	}
+	return out, more, f.fail
+}
+
+func (f *fakeManager) Attach(_ context.Context, h image.Handle, node string, a image.Access, ro bool) (image.Attachment, error) {
+	return image.Attachment{Node: node, Mode: a.Mode, ReadOnly: ro, Generation: 42}, f.did("attach " + h.String() + " " + node)
+}
+
+func (f *fakeManager) Detach(_ context.Context, h image.Handle, node string) error {
+	return cmp.Or(f.did("detach "+h.String()+" "+node), f.known(h))
+}
+
+func (f *fakeManager) Capacity(_ context.Context, domains []string, node string) (int64, int64, int64, error) {
+	return 100, 50, 1, f.did("capacity")
+}
+
+func (f *fakeManager) Topology(string) (string, error) { return f.node, nil }
+
+func (f *fakeManager) Domains(context.Context) []image.DomainInfo { return f.domains }
+
+// fakeNode remembers what it was asked.
+type fakeNode struct {
+	staged     []StageRequest
+	published  []PublishRequest
+	undone     []string
+	stats      Stats
+	conditions []Condition
+	fail       error
+}
+
+func (n *fakeNode) Stage(_ context.Context, r StageRequest) error {
+	n.staged = append(n.staged, r)
+	return n.fail
+}
+
+func (n *fakeNode) Unstage(_ context.Context, h image.Handle, path string) error {
+	n.undone = append(n.undone, "unstage "+h.String()+" "+path)
+	return n.fail
+}
+
+func (n *fakeNode) Publish(_ context.Context, r PublishRequest) error {
+	n.published = append(n.published, r)
+	return n.fail
+}
+
+func (n *fakeNode) Unpublish(_ context.Context, h image.Handle, path string) error {
+	n.undone = append(n.undone, "unpublish "+h.String()+" "+path)
+	return n.fail
+}
+
+func (n *fakeNode) Stats(context.Context, image.Handle, string) (Stats, error) {
+	return n.stats, n.fail
+}
+
+func (n *fakeNode) Expand(_ context.Context, _ image.Handle, _ string, size int64) (int64, error) {
+	return size, n.fail
+}
+
+func (n *fakeNode) Health(context.Context, image.Handle) ([]Condition, error) {
+	return n.conditions, n.fail
+}
+
+// world has one volume nas/v-1, one snapshot nas/s-1 of it and a group nas/g-1.
+func world(t *testing.T) (*Server, *fakeManager, *fakeNode) {
+	t.Helper()
+	v, sn := image.Handle{Domain: "nas", Image: "v-1"}, image.Handle{Domain: "nas", Image: "s-1"}
+	g := image.Handle{Domain: "nas", Image: "g-1"}
+	m := &fakeManager{
+		images: map[image.Handle]image.Image{
+			v:  {Handle: v, Mutable: true, Layout: image.LayoutImage, Size: 1 << 30, State: image.Optimized},
+			sn: {Handle: sn, Layout: image.LayoutImage, Size: 1 << 30, Source: v.String(), Ready: true, State: image.Optimized, Created: time.Unix(5, 0)},
+		},
+		groups: map[image.Handle]image.Group{g: {Handle: g, Ready: true, Created: time.Unix(5, 0), Snapshots: []image.Image{
+			{Handle: image.Handle{Domain: "nas", Image: "m-2"}, Source: v.String(), Ready: true},
+			{Handle: image.Handle{Domain: "nas", Image: "m-1"}, Source: v.String(), Ready: false},
+		}}},
+		domains: []image.DomainInfo{{
+			ID: "nas", Open: true, Config: image.DomainConfig{Name: "nas", Scope: "shared"},
+			Description: engine.Description{Kinds: []engine.Kind{engine.Block, engine.Tree}, Params: map[string]string{"mode": "permissions"}},
+		}},
+	}
+	n := &fakeNode{}
+	s, err := New(Config{NodeID: "n1", Version: "test", Manager: m, Node: n})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s, m, n
+}
+
+func wantKind(t *testing.T, what string, err error, want fault.Kind) {
+	t.Helper()
+	if err == nil {
+		t.Errorf("%s: no error, want %s", what, want)
+	} else if got := fault.KindOf(err); got != want {
+		t.Errorf("%s: %s (%v), want %s", what, got, err, want)
+	}
+}
