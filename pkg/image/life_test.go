@@ -1,0 +1,171 @@
+package image_test
+
+import (
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+const mib = 1 << 20
+
+func TestAVolumeLivesThroughRestarts(t *testing.T) {
+	r := newRig(t, "a").start()
+	v := r.volume("v", "a", 32*mib)
+	r.write(v, 1)
+	again := r.volume("v", "a", 32*mib)
+	if again.Handle != v.Handle {
+		t.Fatalf("asked again: %v, first: %v", again.Handle, v.Handle)
+	}
+	r.restart()
+	r.holds(r.volume("v", "a", 32*mib), 1)
+	_, err := r.CreateVolume(r.ctx, image.CreateRequest{Name: "v", Domains: []string{"a"}, Accesses: []image.Access{mount}, Size: 64 * mib})
+	r.is(err, fault.Exists)
+	r.must(r.DeleteVolume(r.ctx, v.Handle))
+	r.must(r.DeleteVolume(r.ctx, v.Handle))
+	_, err = r.Get(r.ctx, v.Handle)
+	r.is(err, fault.NotFound)
+	r.collect()
+	r.empty("a")
+}
+
+func TestASnapshotKeepsItsBytes(t *testing.T) {
+	r := newRig(t, "a").start()
+	v := r.volume("v", "a", 32*mib)
+	r.write(v, 1)
+	s := r.snapshot("s", v)
+	r.write(v, 2)
+	again := r.snapshot("s", v)
+	if again.Handle != s.Handle {
+		t.Fatalf("asked again: %v, first: %v", again.Handle, s.Handle)
+	}
+	r.holds(again, 1)
+	r.holds(v, 2)
+	other := r.volume("w", "a", 32*mib)
+	_, err := r.CreateSnapshot(r.ctx, image.SnapshotRequest{Name: "s", Source: other.Handle})
+	r.is(err, fault.Exists)
+}
+
+func TestRestoreAndCloneIntoEveryDomain(t *testing.T) {
+	r := newRig(t, "a", "b").start()
+	v := r.volume("v", "a", 32*mib)
+	r.write(v, 1)
+	s := r.snapshot("s", v)
+	r.write(v, 2)
+	for _, d := range []string{"a", "b"} {
+		r.holds(r.from("restore-"+d, d, s, 64*mib), 1)
+		r.holds(r.from("clone-"+d, d, v, 0), 2)
+	}
+	r.restart()
+	for _, d := range []string{"a", "b"} {
+		r.holds(r.from("restore-"+d, d, s, 64*mib), 1)
+		r.holds(r.from("clone-"+d, d, v, 0), 2)
+	}
+}
+
+func TestAllDeleteOrdersOfSourceSnapshotAndClone(t *testing.T) {
+	orders := [][3]int{{0, 1, 2}, {0, 2, 1}, {1, 0, 2}, {1, 2, 0}, {2, 0, 1}, {2, 1, 0}}
+	for _, order := range orders {
+		r := newRig(t, "a").start()
+		v := r.volume("v", "a", 32*mib)
+		r.write(v, 1)
+		s := r.snapshot("s", v)
+		c := r.from("c", "a", s, 0)
+		list := []image.Image{v, s, c}
+		for i, which := range order {
+			img := list[which]
+			if img.Mutable {
+				r.must(r.DeleteVolume(r.ctx, img.Handle))
+			} else {
+				r.must(r.DeleteSnapshot(r.ctx, img.Handle))
+			}
+			r.collect()
+			for _, left := range order[i+1:] {
+				r.holds(list[left], 1)
+			}
+		}
+		r.empty("a")
+	}
+}
+
+func TestAGroupIsOneSeal(t *testing.T) {
+	r := newRig(t, "a").start()
+	v, w := r.volume("v", "a", 32*mib), r.volume("w", "a", 32*mib)
+	r.write(v, 1)
+	r.write(w, 2)
+	g, err := r.CreateGroup(r.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{w.Handle, v.Handle}})
+	r.must(err)
+	r.restart()
+	g, err = r.GetGroup(r.ctx, g.Handle)
+	r.must(err)
+	if len(g.Snapshots) != 2 {
+		t.Fatalf("%d members, want 2", len(g.Snapshots))
+	}
+	r.is(r.DeleteSnapshot(r.ctx, g.Snapshots[0].Handle), fault.Invalid)
+	for _, s := range g.Snapshots {
+		seed := uint64(1)
+		if s.Source == w.Handle.String() {
+			seed = 2
+		}
+		r.holds(s, seed)
+		r.holds(r.from("c-"+s.Handle.Image, "a", s, 0), seed)
+	}
+	r.must(r.DeleteGroup(r.ctx, g.Handle))
+	r.must(r.DeleteGroup(r.ctx, g.Handle))
+	list, _, err := r.List(r.ctx, false, "", 0)
+	r.must(err)
+	if len(list) != 0 {
+		t.Fatalf("members are visible after their group was deleted: %v", list)
+	}
+	vols, _, err := r.List(r.ctx, true, "", 0)
+	r.must(err)
+	for _, v := range vols {
+		r.must(r.DeleteVolume(r.ctx, v.Handle))
+	}
+	r.collect()
+	r.empty("a")
+}
+
+func TestExpandGrowsAndNeverShrinks(t *testing.T) {
+	r := newRig(t, "a").start()
+	v := r.volume("v", "a", 32*mib)
+	r.write(v, 1)
+	v, err := r.Expand(r.ctx, v.Handle, 48*mib, 0)
+	r.must(err)
+	r.holds(v, 1)
+	v, err = r.Expand(r.ctx, v.Handle, 40*mib, 0)
+	r.must(err)
+	if v.Size != 48*mib {
+		t.Fatalf("size %d after a smaller one was asked for", v.Size)
+	}
+	_, err = r.Expand(r.ctx, v.Handle, 1<<62, 0)
+	r.is(err, fault.OutOfRange)
+	r.restart()
+	v, err = r.Get(r.ctx, v.Handle)
+	r.must(err)
+	if v.Size != 48*mib {
+		t.Fatalf("size %d after a restart", v.Size)
+	}
+}
+
+func TestANameUsedAgainMeetsNothingOfItsFirstLife(t *testing.T) {
+	r := newRig(t, "a").start()
+	first := r.volume("v", "a", 32*mib)
+	r.write(first, 1)
+	s := r.snapshot("s", first)
+	clone := r.from("c", "a", s, 0)
+	r.must(r.DeleteVolume(r.ctx, first.Handle))
+	second := r.volume("v", "a", 64*mib)
+	if second.Handle == first.Handle || second.Slab == first.Slab {
+		t.Fatalf("the second life is the first: %v", second)
+	}
+	r.write(second, 2)
+	r.must(r.DeleteSnapshot(r.ctx, s.Handle))
+	s2 := r.snapshot("s", second)
+	r.collect()
+	r.restart()
+	r.collect()
+	r.holds(second, 2)
+	r.holds(s2, 2)
+	r.holds(clone, 1)
+}
