@@ -23,7 +23,8 @@ type found struct {
 type quota interface {
 	// limit sets the limit of data to size bytes.
 	limit(data *os.File, size int64) error
-	// usage returns the bytes used in data, and its limit.
+	// usage returns the bytes used in data, and its limit. What was written in the
+	// last 30 seconds may be missing.
 	usage(data *os.File) (used, limit int64, err error)
 }
 
@@ -130,8 +131,9 @@ func (e *dirEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 }
 
 // SlabUsage implements engine.Meter. Block: what the file has allocated; blocks
-// shared by reflinks count in every file. Tree: what its quota counts; declined
-// without a quota, since walking a large tree takes too long.
+// shared by reflinks count in every file. Tree: what its quota counts, up to 30
+// seconds late; declined without a quota, since walking a large tree takes too
+// long.
 func (e *dirEngine) SlabUsage(ctx context.Context, id string) (engine.Usage, error) {
 	if err := errors.Join(engine.CheckName("slab ID", id), posix.Fault(ctx.Err())); err != nil {
 		return engine.Usage{}, err
