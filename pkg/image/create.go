@@ -61,23 +61,25 @@ type creation struct {
 // existing deals with an image that has the name already: done says that it
 // is what was asked for. What an earlier life left half made is resumed or swept.
 func (c *creation) existing(ctx context.Context, img *image) (done bool, err error) {
+	d := img.d
+	c.op.at(d.id, img.id)
+	d.mu.Lock()
+	fenced, rec, broken := d.fenced, img.rec, img.broken
+	d.mu.Unlock()
+	switch {
+	case fenced != nil:
+		return false, fenced
+	case rec.Strong && broken != nil:
+		return false, fault.New(fault.Corrupt, "volume %s with this name exists and is broken: %w; see kubectl quarry check", d.handle(img), broken)
+	case rec.Strong:
+		return true, c.compare(d, rec)
+	}
 	release, err := img.hold(ctx, c.op)
 	if err != nil {
 		return false, err
 	}
 	defer release()
-	d := img.d
-	d.mu.Lock()
-	fenced, rec, broken := d.fenced, img.rec, img.broken
-	d.mu.Unlock()
-	if fenced != nil {
-		return false, fenced
-	}
-	c.op.at(d.id, img.id)
-	if rec.Strong {
-		if broken != nil {
-			return false, fault.New(fault.Corrupt, "volume %s with this name exists and is broken: %w; see kubectl quarry check", d.handle(img), broken)
-		}
+	if rec, _ = img.snapshot(); rec.Strong { // an uncertain seal that turned out to have happened
 		return true, c.compare(d, rec)
 	}
 	if rec.dead() {
@@ -257,7 +259,10 @@ func (c *creation) content(ctx context.Context, img *image, from int64) (how, er
 	switch {
 	case c.src == nil:
 		c.op.stepf("creating slab")
-		return how{native: true, reason: "new slab"}, c.d.engine.CreateSlab(ctx, spec)
+		if err := c.d.engine.CreateSlab(ctx, spec); err != nil {
+			return how{}, err
+		}
+		return how{native: true, reason: "new slab"}, c.d.zero(ctx, c.op, img.id, spec.Kind, 0, spec.Size)
 	case c.srcRec.Mutable:
 		return c.m.cloneVolume(ctx, c.op, c.src, img, spec)
 	}

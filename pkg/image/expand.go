@@ -60,6 +60,9 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if err := d.engine.ResizeSlab(ctx, slab, size); err != nil {
 		return Image{}, err
 	}
+	if err := d.zero(ctx, op, slab, rec.layout().Kind(), rec.Size, size); err != nil {
+		return Image{}, err
+	}
 	op.took(how{native: true, reason: "resize"})
 	op.stepf("sealing")
 	rec.Size = size

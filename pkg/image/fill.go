@@ -268,7 +268,27 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 	if err != nil {
 		return err
 	}
-	return dst.d.engine.DetachSlab(ctx, spec.ID)
+	if err := dst.d.engine.DetachSlab(ctx, spec.ID); err != nil {
+		return err
+	}
+	return dst.d.zero(ctx, op, spec.ID, spec.Kind, rec.Size, spec.Size)
+}
+
+// zero makes bytes from to to of a block slab read as zero, where new space of
+// the domain does not do so anyway: users never see old bytes.
+func (d *domain) zero(ctx context.Context, op *operation, slab string, kind engine.Kind, from, to int64) error {
+	if d.desc.ZeroedSpace || kind != engine.Block || from >= to {
+		return nil
+	}
+	op.stepf("zeroing %s", bytesText(to-from))
+	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	if err != nil {
+		return fault.In(err, "attach", d.id, slab)
+	}
+	if err := d.m.cfg.Mover.Zero(ctx, a.Path, from, to); err != nil {
+		return err
+	}
+	return d.engine.DetachSlab(ctx, slab)
 }
 
 // cloneVolume fills the slab of a new volume from another volume, which may be

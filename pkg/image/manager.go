@@ -49,6 +49,8 @@ type Mover interface {
 	// CopyTree makes the directory dst equal to src, content and metadata; dst
 	// may hold an earlier, incomplete copy. It is durable when it returns.
 	CopyTree(ctx context.Context, src, dst string, progress func(done, total int64)) error
+	// Zero makes bytes from to to of a file or device read as zero, durably.
+	Zero(ctx context.Context, path string, from, to int64) error
 }
 
 // BlockCopy are the options of Mover.CopyBlock.

@@ -56,17 +56,20 @@ func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotR
 // existingSnapshot deals with a snapshot that has the name already. What an
 // earlier life left half made is swept.
 func (m *Manager) existingSnapshot(ctx context.Context, op *operation, img *image, source string) (done bool, err error) {
-	release, err := img.hold(ctx, op)
+	op.at(img.d.id, img.id)
+	release, err := img.hold(ctx, op) // not held for long: snapshots are never written
 	if err != nil {
 		return false, err
 	}
 	defer release()
 	img.d.mu.Lock()
-	fenced, rec := img.d.fenced, img.rec
+	fenced, rec, broken := img.d.fenced, img.rec, img.broken
 	img.d.mu.Unlock()
 	switch {
 	case fenced != nil:
 		return false, fenced
+	case rec.Strong && broken != nil:
+		return false, fault.New(fault.Corrupt, "snapshot %s with this name exists and is broken: %w; see kubectl quarry check", img.d.handle(img), broken)
 	case rec.Strong && rec.Source != source:
 		return false, fault.New(fault.Exists, "a snapshot with this name exists, of volume %s; asked for was one of %s", rec.Source, source)
 	case rec.Strong:
