@@ -1,0 +1,235 @@
+// Package node is the agent's work on one node: it makes images usable and
+// takes them down again, measures, grows, freezes and examines them. It knows
+// neither gRPC nor CSI; package csi translates.
+//
+// There are no state files. What is staged is found again from the kernel: the
+// loop device of an image carries its mark, mountinfo says where the device is
+// mounted, and a directory's bind mount lies on an anchor, an empty tmpfs whose
+// source names the image. So every operation may be repeated, and may be killed
+// anywhere.
+package node
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// Manager is what a node asks of the Image Manager; *image.Manager has it.
+type Manager interface {
+	Stage(ctx context.Context, h image.Handle, node string, generation int64) (image.Staging, error)
+	Formatted(ctx context.Context, h image.Handle, node, filesystem string) error
+	Unstaged(ctx context.Context, h image.Handle, node string) error
+	Get(ctx context.Context, h image.Handle) (image.Image, error)
+}
+
+// Config of a Node.
+type Config struct {
+	NodeID  string
+	Manager Manager
+	// Engines finds the engine of an open domain.
+	Engines func(domain string) (engine.Engine, error)
+	// Host is where the work is done; nil: this host.
+	Host *host.Local
+	// KubeletDir, if not empty, is the folder in which all staging and target
+	// paths must lie ("/var/lib/kubelet").
+	KubeletDir string
+}
+
+// Node does the work of one node's agent. Its methods may be called by many
+// goroutines; calls for one image wait for each other, others do not.
+type Node struct {
+	cfg     Config
+	host    *host.Local
+	devices block.Devices
+
+	mu     sync.Mutex
+	busy   map[image.Handle]chan struct{} // held locks; closed when let go
+	frozen map[image.Handle]*host.Freeze
+	slabs  map[image.Handle][]string // what this process attached; a hint only
+}
+
+var _ image.Agent = (*Node)(nil)
+
+// New makes a Node. Call Start before serving.
+func New(cfg Config) *Node {
+	h := cfg.Host
+	if h == nil {
+		h = host.NewLocal(host.Exec{})
+	}
+	return &Node{
+		cfg: cfg, host: h, devices: block.Devices{Host: h},
+		busy:   map[image.Handle]chan struct{}{},
+		frozen: map[image.Handle]*host.Freeze{},
+		slabs:  map[image.Handle][]string{},
+	}
+}
+
+// Start thaws what a predecessor that died left frozen. Errors of single
+// mounts are logged: one dead server must not keep an agent from starting.
+func (n *Node) Start(ctx context.Context) error {
+	log := klog.FromContext(ctx)
+	devices, err := n.devices.All(ctx)
+	if errors.Is(err, fault.Unavailable) {
+		log.Error(err, "Looking for frozen filesystems")
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	mounts, err := n.host.Mounts()
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		for _, m := range mounts {
+			if m.Source != d.Path || m.Root != "/" {
+				continue
+			}
+			thawed, err := n.host.ThawLeft(ctx, m.Point)
+			if err != nil {
+				log.Error(err, "Thawing what may have been left frozen", "mount", m.Point)
+			} else if thawed {
+				log.Info("Thawed a filesystem that was left frozen", "mount", m.Point, "device", d.Path)
+			}
+			break // one mount stands for the filesystem
+		}
+	}
+	return nil
+}
+
+// Abandoned is how many system calls hang on storage that does not answer.
+func (n *Node) Abandoned() int { return n.host.Abandoned() }
+
+// lock waits until no other operation of this image runs. fault.Pending: one
+// still ran when ctx ended.
+func (n *Node) lock(ctx context.Context, h image.Handle) (unlock func(), err error) {
+	for {
+		unlock, held := n.tryLock(h)
+		if unlock != nil {
+			return unlock, nil
+		}
+		select {
+		case <-held:
+		case <-ctx.Done():
+			return nil, fault.New(fault.Pending, "another operation on %s is still running on node %s", h, n.cfg.NodeID)
+		}
+	}
+}
+
+// tryLock returns a nil unlock and the other's lock when one is held.
+func (n *Node) tryLock(h image.Handle) (unlock func(), held chan struct{}) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if held, ok := n.busy[h]; ok {
+		return nil, held
+	}
+	mine := make(chan struct{})
+	n.busy[h] = mine
+	return func() {
+		n.mu.Lock()
+		delete(n.busy, h)
+		n.mu.Unlock()
+		close(mine)
+	}, nil
+}
+
+// Agents is image.Agents for an installation of one node.
+type Agents struct {
+	mu   sync.Mutex
+	node *Node
+}
+
+// Set names the node. The Image Manager is made before the Node that asks it.
+func (a *Agents) Set(n *Node) {
+	a.mu.Lock()
+	a.node = n
+	a.mu.Unlock()
+}
+
+// Agent implements image.Agents.
+func (a *Agents) Agent(node string) (image.Agent, error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.node == nil || a.node.cfg.NodeID != node {
+		return nil, fault.New(fault.Unavailable, "node %q has no agent here", node)
+	}
+	return a.node, nil
+}
+
+// Freeze implements image.Agent. It does not wait for another operation on the
+// image: that may itself be waiting for the Image Manager. fault.Pending then.
+func (n *Node) Freeze(ctx context.Context, h image.Handle, limit time.Duration) (image.Frozen, error) {
+	unlock, held := n.tryLock(h)
+	if held != nil {
+		return "", fault.New(fault.Pending, "freeze %s: another operation on it is running on node %s", h, n.cfg.NodeID)
+	}
+	defer unlock()
+	n.mu.Lock()
+	old := n.frozen[h]
+	n.mu.Unlock()
+	if old != nil {
+		if old.Holds() {
+			return image.IsFrozen, nil
+		}
+		// Its Thaw never came. Whoever waits for it gets a Conflict.
+		_ = old.Thaw()
+		n.forgetFreeze(h)
+	}
+	s, err := n.find(ctx, h)
+	if err != nil {
+		return "", fault.In(err, "freeze", h.Domain, h.Image)
+	}
+	switch {
+	case s.anchor != nil || s.raw():
+		return image.NotFreezable, nil
+	case len(s.mounts) == 0:
+		return image.NotStaged, nil
+	}
+	f, err := n.host.Freeze(ctx, s.mounts[0].Point, limit)
+	if errors.Is(err, fault.Unsupported) {
+		return image.NotFreezable, nil
+	}
+	if err != nil {
+		return "", fault.In(err, "freeze", h.Domain, h.Image)
+	}
+	n.mu.Lock()
+	n.frozen[h] = f
+	n.mu.Unlock()
+	return image.IsFrozen, nil
+}
+
+// Thaw implements image.Agent. It waits for no other operation.
+func (n *Node) Thaw(_ context.Context, h image.Handle) error {
+	f := n.forgetFreeze(h)
+	if f == nil {
+		return fault.In(fault.New(fault.Conflict, "it is not frozen: its time was up, it was unstaged, or the agent was restarted"), "thaw", h.Domain, h.Image)
+	}
+	return fault.In(f.Thaw(), "thaw", h.Domain, h.Image)
+}
+
+func (n *Node) forgetFreeze(h image.Handle) *host.Freeze {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	f := n.frozen[h]
+	delete(n.frozen, h)
+	return f
+}
+
+// Staged implements image.Agent.
+func (n *Node) Staged(ctx context.Context, h image.Handle) (bool, error) {
+	s, err := n.find(ctx, h)
+	if err != nil {
+		return false, fault.In(err, "look for", h.Domain, h.Image)
+	}
+	return s.anchor != nil || len(s.devices) > 0, nil
+}

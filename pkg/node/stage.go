@@ -1,0 +1,190 @@
+package node
+
+import (
+	"context"
+	"slices"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// cleanupTimeout bounds the taking down of what a failed staging had made.
+const cleanupTimeout = time.Minute
+
+// StageRequest asks to make an image usable on this node.
+type StageRequest struct {
+	Handle image.Handle
+	// StagingPath is the directory to mount on; for raw block it stays empty.
+	StagingPath string
+	Access      image.Access
+	// MountFlags are options of mount(8) that the class asks for.
+	MountFlags []string
+	// VolumeMountGroup is a numeric group that gets the files; "" for none.
+	VolumeMountGroup string
+	// Generation is that of the attachment.
+	Generation int64
+}
+
+// Stage makes an image usable: it attaches the slab, builds the device, makes
+// the filesystem if the image is fresh, checks, mounts and grows it. What is
+// staged already in the same way is success. Once begun it goes on to its end
+// when ctx ends; whoever asks again meanwhile gets fault.Pending.
+//
+// fault.Invalid: the request does not fit the image. fault.Exists: something
+// else is staged at the path. fault.Corrupt: the slab is damaged.
+func (n *Node) Stage(ctx context.Context, r StageRequest) error {
+	return fault.In(n.stage(ctx, r), "stage", r.Handle.Domain, r.Handle.Image)
+}
+
+func (n *Node) stage(ctx context.Context, r StageRequest) error {
+	staging, err := n.realPath(ctx, "staging path", r.StagingPath)
+	if err != nil {
+		return err
+	}
+	r.StagingPath = staging
+	if err := checkFlags(r.MountFlags, r.Access.Block); err != nil {
+		return err
+	}
+	group, err := parseGroup(r.VolumeMountGroup)
+	if err != nil {
+		return err
+	}
+	unlock, err := n.lock(ctx, r.Handle)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	ctx = context.WithoutCancel(ctx)
+
+	st, err := n.cfg.Manager.Stage(ctx, r.Handle, n.cfg.NodeID, r.Generation)
+	if err != nil {
+		return err
+	}
+	if err := fits(r, st); err != nil {
+		return err
+	}
+	e, err := n.cfg.Engines(r.Handle.Domain)
+	if err != nil {
+		return err
+	}
+	readOnly := st.ReadOnly || r.Access.Mode.ReadOnly()
+	paths := make([]string, 0, len(st.Slabs))
+	for _, id := range st.Slabs {
+		a, err := e.AttachSlab(ctx, id, engine.AttachOptions{ReadOnly: readOnly})
+		if err != nil {
+			return err
+		}
+		paths = append(paths, a.Path)
+	}
+	n.mu.Lock()
+	n.slabs[r.Handle] = st.Slabs
+	n.mu.Unlock()
+
+	if st.Layout == image.LayoutDirectory {
+		return n.stageTree(ctx, r, paths[0], readOnly, group)
+	}
+	use := block.Filesystem
+	if r.Access.Block {
+		use = block.Raw
+	}
+	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: paths, Size: st.Size, ReadOnly: readOnly})
+	if err != nil {
+		return err
+	}
+	if dev.Note != "" {
+		klog.FromContext(ctx).Info("No direct I/O", "image", r.Handle, "reason", dev.Note)
+	}
+	if use == block.Raw {
+		return nil
+	}
+	if err := n.stageFilesystem(ctx, r, st, dev, readOnly, group); err != nil {
+		n.dropUnused(ctx, r.Handle, dev)
+		return err
+	}
+	return nil
+}
+
+// fits compares what is asked with what the image is.
+func fits(r StageRequest, st image.Staging) error {
+	switch {
+	case len(st.Slabs) != 1:
+		return fault.New(fault.Unsupported, "the image is a chain of %d slabs: this release stages images of one", len(st.Slabs))
+	case st.Layout == image.LayoutDirectory && r.Access.Block:
+		return fault.New(fault.Invalid, "access \"block\" was asked for, and the image has the layout %q: only %q can be a raw block device", st.Layout, image.LayoutImage)
+	case st.Block != r.Access.Block:
+		return fault.New(fault.Exists, "access block=%t was asked for, and the image is attached with block=%t", r.Access.Block, st.Block)
+	}
+	return nil
+}
+
+// dropUnused detaches a device that a failed staging left without a mount; a
+// device that is in use stays.
+func (n *Node) dropUnused(ctx context.Context, h image.Handle, dev block.Device) {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+	defer cancel()
+	if s, err := n.find(ctx, h); err != nil || len(s.mounts) > 0 {
+		return
+	}
+	if err := n.devices.Detach(ctx, dev); err != nil {
+		klog.FromContext(ctx).Error(err, "Detaching the device of a failed staging; unstaging will try again", "image", h, "device", dev.Path)
+	}
+}
+
+// stageTree binds a directory slab over an anchor that names the image.
+func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOnly bool, group int) error {
+	var attr host.MountAttr
+	for _, f := range r.MountFlags {
+		a, ok := host.ParseMountAttr(f)
+		if !ok {
+			return fault.New(fault.Invalid, "mount flag %q: a volume of layout %q has no filesystem of its own that could take it", f, image.LayoutDirectory)
+		}
+		attr |= a
+	}
+	if readOnly {
+		attr |= host.ReadOnly
+	}
+	mounts, err := n.host.Mounts()
+	if err != nil {
+		return err
+	}
+	anchor := anchorOf(mounts, r.Handle)
+	if anchor != nil && anchor.Point != r.StagingPath {
+		return fault.New(fault.Exists, "the image is staged at %q, and %q was asked for: unstage it there first", anchor.Point, r.StagingPath)
+	}
+	if anchor == nil {
+		if err := n.free(r.StagingPath); err != nil {
+			return err
+		}
+		if err := n.host.MountFilesystem(ctx, anchorPrefix+r.Handle.String(), r.StagingPath, "tmpfs", []string{"ro", "size=4k", "nr_inodes=2", "mode=700"}); err != nil {
+			return err
+		}
+	} else if top := covering(mounts, *anchor); top != nil {
+		if asked := attr&host.ReadOnly != 0; top.ReadOnly() != asked && !slices.Contains(top.Super, "ro") {
+			return fault.New(fault.Exists, "the image is staged at %q with read-only=%t, and read-only=%t was asked for: unstage it first", r.StagingPath, top.ReadOnly(), asked)
+		}
+		return nil
+	}
+	if err := n.host.Bind(ctx, dir, r.StagingPath, attr); err != nil {
+		return err
+	}
+	if group >= 0 && attr&host.ReadOnly == 0 {
+		return giveToGroup(r.StagingPath, group)
+	}
+	return nil
+}
+
+// free refuses a staging path on which something else is mounted.
+func (n *Node) free(path string) error {
+	at, err := n.host.MountsAt(path)
+	if err != nil || len(at) == 0 {
+		return err
+	}
+	m := at[len(at)-1]
+	return fault.New(fault.Exists, "staging path %q has %s (%s) mounted on it already", path, m.Source, m.Type)
+}
