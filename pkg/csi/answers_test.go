@@ -12,7 +12,9 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/node"
 )
 
 func TestPublishGivesTheGenerationAndNothingElse(t *testing.T) {
@@ -26,7 +28,7 @@ func TestPublishGivesTheGenerationAndNothingElse(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if got := n.staged[0]; got.Generation != 42 || got.Path != "/st" || got.Access.Filesystem != "xfs" || got.Handle.String() != "nas/v-1" {
+	if got := n.staged[0]; got.Generation != 42 || got.StagingPath != "/st" || got.Access.Filesystem != "xfs" || got.Handle.String() != "nas/v-1" {
 		t.Errorf("staged %+v", got)
 	}
 	for _, c := range []map[string]string{nil, {GenerationKey: ""}, {GenerationKey: "x"}, {GenerationKey: "99999999999999999999"}, {"device": "/dev/mock"}} {
@@ -369,20 +371,23 @@ func TestHealth(t *testing.T) {
 	if h := state(image.Broken); len(h.HealthStatuses) != 1 || h.HealthStatuses[0].Status != csi.VolumeHealthErrorType_INACCESSIBLE {
 		t.Errorf("broken: %v", h)
 	}
-	n.conditions = []Condition{{Inaccessible: true, Reason: "DeviceGone", Message: "m"}}
+	n.conditions = []node.Condition{{Status: node.Inaccessible, Reason: "DeviceGone", Message: "m"}}
 	r, err := s.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: "nas/v-1"})
 	if err != nil || r.VolumeHealth.VolumeId != "nas/v-1" || r.VolumeHealth.HealthStatuses[0].Status != csi.VolumeHealthErrorType_INACCESSIBLE || r.VolumeHealth.HealthStatuses[0].Reason != "DeviceGone" {
 		t.Errorf("%v, %v", r, err)
 	}
+	n.conditions = nil
 	st, err := s.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
-	if err != nil || len(st.BackendHealth) != 0 {
+	if err != nil || len(st.BackendHealth) != 0 || !slices.Equal(n.asked, []string{"nas"}) {
 		t.Errorf("%v, %v", st, err)
 	}
+	n.conditions = []node.Condition{{Status: node.StorageDegraded, Reason: "CallsHang"}}
 	m.domains = append(m.domains,
 		image.DomainInfo{ID: "a", Problem: "gone"}, image.DomainInfo{Config: image.DomainConfig{Name: "b"}, Problem: "read-only"},
 		image.DomainInfo{ID: "c", Problem: "elsewhere", Config: image.DomainConfig{Scope: "node", Node: "n2"}})
 	st, err = s.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
-	if err != nil || len(st.BackendHealth) != 1 || st.BackendHealth[0].Message != "domain a: gone; domain b: read-only" {
+	if err != nil || len(st.BackendHealth) != 2 || st.BackendHealth[0].Status != csi.StorageHealthErrorType_STORAGE_DEGRADED ||
+		st.BackendHealth[1].Status != csi.StorageHealthErrorType_STORAGE_UNREACHABLE || st.BackendHealth[1].Message != "domain a: gone; domain b: read-only" {
 		t.Errorf("%v, %v", st, err)
 	}
 }
@@ -410,7 +415,7 @@ func TestNodePathsAreVerified(t *testing.T) {
 	}
 	// 128 bytes at the least must be taken, and a trailing slash is harmless.
 	long := "/" + strings.Repeat("p", 254) + "/" + strings.Repeat("q", 254) + "/"
-	if _, err := s.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: long, TargetPath: long, Readonly: true, VolumeCapability: mount("", writer)}); err != nil || !n.published[0].ReadOnly {
+	if _, err := s.NodePublishVolume(ctx, &csi.NodePublishVolumeRequest{VolumeId: "nas/v-1", StagingTargetPath: long, TargetPath: long, Readonly: true, VolumeCapability: mount("", writer)}); err != nil || !n.published[0].ReadOnly || n.published[0].TargetPath+"/" != long {
 		t.Errorf("%v: %+v", err, n.published)
 	}
 }
@@ -424,12 +429,25 @@ func TestStats(t *testing.T) {
 		}
 		return r.Usage
 	}
-	n.stats = Stats{TotalBytes: 10, UsedBytes: 3, FreeBytes: 6, TotalInodes: 5, UsedInodes: 1, FreeInodes: 4}
+	n.stats = node.Stats{Usage: host.Usage{Total: 10, Used: 3, Available: 6, Inodes: 5, InodesUsed: 1, InodesFree: 4}}
 	if u := get(); len(u) != 2 || u[0].Unit != csi.VolumeUsage_BYTES || u[0].Available != 6 || u[1].Unit != csi.VolumeUsage_INODES || u[1].Total != 5 {
 		t.Errorf("%v", u)
 	}
-	n.stats = Stats{Block: true, TotalBytes: 10}
+	n.stats = node.Stats{Block: true, Usage: host.Usage{Total: 10}}
 	if u := get(); len(u) != 1 || u[0].Total != 10 {
 		t.Errorf("%v", u)
+	}
+}
+
+func TestEveryStatusOfTheNodeIsOneOfCSI(t *testing.T) {
+	for _, st := range []node.Status{node.Degraded, node.Inaccessible, node.DataLoss} {
+		if csi.VolumeHealthErrorType_value[string(st)] == 0 {
+			t.Errorf("%s is no status of a volume in CSI", st)
+		}
+	}
+	for _, st := range []node.Status{node.StorageDegraded, node.StorageUnreachable} {
+		if csi.StorageHealthErrorType_value[string(st)] == 0 {
+			t.Errorf("%s is no status of storage in CSI", st)
+		}
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/node"
 )
 
 // fakeManager remembers what it was asked and answers from a map of images.
@@ -110,15 +111,15 @@ func (f *fakeManager) List(_ context.Context, mutable bool, after string, max in
 	return out, more, f.fail
 }
 
-func (f *fakeManager) Attach(_ context.Context, h image.Handle, node string, a image.Access, ro bool) (image.Attachment, error) {
-	return image.Attachment{Node: node, Mode: a.Mode, ReadOnly: ro, Generation: 42}, f.did("attach " + h.String() + " " + node)
+func (f *fakeManager) Attach(_ context.Context, h image.Handle, on string, a image.Access, ro bool) (image.Attachment, error) {
+	return image.Attachment{Node: on, Mode: a.Mode, ReadOnly: ro, Generation: 42}, f.did("attach " + h.String() + " " + on)
 }
 
-func (f *fakeManager) Detach(_ context.Context, h image.Handle, node string) error {
-	return cmp.Or(f.did("detach "+h.String()+" "+node), f.known(h))
+func (f *fakeManager) Detach(_ context.Context, h image.Handle, on string) error {
+	return cmp.Or(f.did("detach "+h.String()+" "+on), f.known(h))
 }
 
-func (f *fakeManager) Capacity(_ context.Context, domains []string, node string) (int64, int64, int64, error) {
+func (f *fakeManager) Capacity(context.Context, []string, string) (int64, int64, int64, error) {
 	return 100, 50, 1, f.did("capacity")
 }
 
@@ -128,15 +129,16 @@ func (f *fakeManager) Domains(context.Context) []image.DomainInfo { return f.dom
 
 // fakeNode remembers what it was asked.
 type fakeNode struct {
-	staged     []StageRequest
-	published  []PublishRequest
+	staged     []node.StageRequest
+	published  []node.PublishRequest
 	undone     []string
-	stats      Stats
-	conditions []Condition
+	asked      []string // domains
+	stats      node.Stats
+	conditions []node.Condition
 	fail       error
 }
 
-func (n *fakeNode) Stage(_ context.Context, r StageRequest) error {
+func (n *fakeNode) Stage(_ context.Context, r node.StageRequest) error {
 	n.staged = append(n.staged, r)
 	return n.fail
 }
@@ -146,7 +148,7 @@ func (n *fakeNode) Unstage(_ context.Context, h image.Handle, path string) error
 	return n.fail
 }
 
-func (n *fakeNode) Publish(_ context.Context, r PublishRequest) error {
+func (n *fakeNode) Publish(_ context.Context, r node.PublishRequest) error {
 	n.published = append(n.published, r)
 	return n.fail
 }
@@ -156,7 +158,7 @@ func (n *fakeNode) Unpublish(_ context.Context, h image.Handle, path string) err
 	return n.fail
 }
 
-func (n *fakeNode) Stats(context.Context, image.Handle, string) (Stats, error) {
+func (n *fakeNode) Stats(context.Context, image.Handle, string) (node.Stats, error) {
 	return n.stats, n.fail
 }
 
@@ -164,8 +166,13 @@ func (n *fakeNode) Expand(_ context.Context, _ image.Handle, _ string, size int6
 	return size, n.fail
 }
 
-func (n *fakeNode) Health(context.Context, image.Handle) ([]Condition, error) {
+func (n *fakeNode) Health(context.Context, image.Handle) ([]node.Condition, error) {
 	return n.conditions, n.fail
+}
+
+func (n *fakeNode) StorageHealth(_ context.Context, domains []string) []node.Condition {
+	n.asked = domains
+	return n.conditions
 }
 
 // world has one volume nas/v-1, one snapshot nas/s-1 of it and a group nas/g-1.

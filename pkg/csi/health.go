@@ -2,7 +2,6 @@ package csi
 
 import (
 	"context"
-	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -54,27 +53,4 @@ func health(img image.Image) *csi.VolumeHealth {
 		add(csi.VolumeHealthErrorType_INACCESSIBLE, "ImageBroken")
 	}
 	return out
-}
-
-// NodeGetStorageHealth says which domains cannot be used from this node. It
-// asks what the Image Manager knows already: no server is waited for.
-func (s *Server) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
-	var problems []string
-	for _, d := range s.cfg.Manager.Domains(ctx) {
-		if d.Open || d.Config.Scope == image.ScopeNode && d.Config.Node != s.cfg.NodeID {
-			continue
-		}
-		name := d.ID
-		if name == "" {
-			name = d.Config.Name
-		}
-		problems = append(problems, "domain "+name+": "+d.Problem)
-	}
-	r := &csi.NodeGetStorageHealthResponse{}
-	if len(problems) > 0 { // one entry: a status and reason must not come twice
-		r.BackendHealth = []*csi.NodeGetStorageHealthResponse_StorageBackendHealth{{
-			Status: csi.StorageHealthErrorType_STORAGE_UNREACHABLE, Reason: "DomainNotOpen", Message: strings.Join(problems, "; "),
-		}}
-	}
-	return r, nil
 }

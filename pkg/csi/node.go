@@ -1,12 +1,15 @@
 package csi
 
 import (
+	"cmp"
 	"context"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/node"
 )
 
 // NodeGetInfo names the node.
@@ -25,6 +28,7 @@ func (s *Server) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRe
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
 		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+		csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP,
 		csi.NodeServiceCapability_RPC_GET_VOLUME_HEALTH,
 		csi.NodeServiceCapability_RPC_GET_STORAGE_HEALTH,
 	} {
@@ -41,7 +45,8 @@ func (s *Server) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 	if err := required("volume_id", req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	if err := checkPath("staging_target_path", req.GetStagingTargetPath()); err != nil {
+	staging, err := pathOf("staging_target_path", req.GetStagingTargetPath())
+	if err != nil {
 		return nil, err
 	}
 	a, err := access("volume_capability", req.GetVolumeCapability())
@@ -56,9 +61,10 @@ func (s *Server) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 	if err != nil {
 		return nil, err
 	}
-	if err := s.cfg.Node.Stage(ctx, StageRequest{
-		Handle: h, Generation: gen, Path: req.GetStagingTargetPath(), Access: a,
-		MountFlags: req.GetVolumeCapability().GetMount().GetMountFlags(),
+	if err := s.cfg.Node.Stage(ctx, node.StageRequest{
+		Handle: h, Generation: gen, StagingPath: staging, Access: a,
+		MountFlags:       req.GetVolumeCapability().GetMount().GetMountFlags(),
+		VolumeMountGroup: req.GetVolumeCapability().GetMount().GetVolumeMountGroup(),
 	}); err != nil {
 		return nil, err
 	}
@@ -70,12 +76,13 @@ func (s *Server) NodeUnstageVolume(ctx context.Context, req *csi.NodeUnstageVolu
 	if err := required("volume_id", req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	if err := checkPath("staging_target_path", req.GetStagingTargetPath()); err != nil {
+	staging, err := pathOf("staging_target_path", req.GetStagingTargetPath())
+	if err != nil {
 		return nil, err
 	}
 	h, err := handleOf("volume_id", req.GetVolumeId())
 	if err == nil {
-		err = s.cfg.Node.Unstage(ctx, h, req.GetStagingTargetPath())
+		err = s.cfg.Node.Unstage(ctx, h, staging)
 	}
 	if err = ignoreAbsent(err); err != nil {
 		return nil, err
@@ -88,7 +95,8 @@ func (s *Server) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolu
 	if err := required("volume_id", req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	if err := checkPath("target_path", req.GetTargetPath()); err != nil {
+	target, err := pathOf("target_path", req.GetTargetPath())
+	if err != nil {
 		return nil, err
 	}
 	a, err := access("volume_capability", req.GetVolumeCapability())
@@ -102,11 +110,12 @@ func (s *Server) NodePublishVolume(ctx context.Context, req *csi.NodePublishVolu
 	if req.GetStagingTargetPath() == "" { // the one missing field that is not INVALID_ARGUMENT
 		return nil, fault.New(fault.InUse, "staging_target_path is missing: the volume must be staged first")
 	}
-	if err := checkPath("staging_target_path", req.GetStagingTargetPath()); err != nil {
+	staging, err := pathOf("staging_target_path", req.GetStagingTargetPath())
+	if err != nil {
 		return nil, err
 	}
-	if err := s.cfg.Node.Publish(ctx, PublishRequest{
-		Handle: h, Staging: req.GetStagingTargetPath(), Target: req.GetTargetPath(), Access: a,
+	if err := s.cfg.Node.Publish(ctx, node.PublishRequest{
+		Handle: h, StagingPath: staging, TargetPath: target, Access: a,
 		ReadOnly:   req.GetReadonly() || a.Mode.ReadOnly(),
 		MountFlags: req.GetVolumeCapability().GetMount().GetMountFlags(),
 	}); err != nil {
@@ -120,12 +129,13 @@ func (s *Server) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublish
 	if err := required("volume_id", req.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	if err := checkPath("target_path", req.GetTargetPath()); err != nil {
+	target, err := pathOf("target_path", req.GetTargetPath())
+	if err != nil {
 		return nil, err
 	}
 	h, err := handleOf("volume_id", req.GetVolumeId())
 	if err == nil {
-		err = s.cfg.Node.Unpublish(ctx, h, req.GetTargetPath())
+		err = s.cfg.Node.Unpublish(ctx, h, target)
 	}
 	if err = ignoreAbsent(err); err != nil {
 		return nil, err
@@ -135,23 +145,23 @@ func (s *Server) NodeUnpublishVolume(ctx context.Context, req *csi.NodeUnpublish
 
 // NodeGetVolumeStats measures a volume in use.
 func (s *Server) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
-	h, err := volumeAt(req.GetVolumeId(), req.GetVolumePath())
+	h, path, err := volumeAt(req.GetVolumeId(), req.GetVolumePath())
 	if err != nil {
 		return nil, err
 	}
-	st, err := s.cfg.Node.Stats(ctx, h, req.GetVolumePath())
+	st, err := s.cfg.Node.Stats(ctx, h, path)
 	if err != nil {
 		return nil, err
 	}
 	if st.Block {
-		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: st.TotalBytes}}}, nil
+		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: st.Total}}}, nil
 	}
 	r := &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{
-		Unit: csi.VolumeUsage_BYTES, Total: st.TotalBytes, Used: st.UsedBytes, Available: st.FreeBytes,
+		Unit: csi.VolumeUsage_BYTES, Total: st.Total, Used: st.Used, Available: st.Available,
 	}}}
-	if st.TotalInodes > 0 { // btrfs counts none
+	if st.Inodes > 0 { // btrfs counts none
 		r.Usage = append(r.Usage, &csi.VolumeUsage{
-			Unit: csi.VolumeUsage_INODES, Total: st.TotalInodes, Used: st.UsedInodes, Available: st.FreeInodes,
+			Unit: csi.VolumeUsage_INODES, Total: st.Inodes, Used: st.InodesUsed, Available: st.InodesFree,
 		})
 	}
 	return r, nil
@@ -159,26 +169,25 @@ func (s *Server) NodeGetVolumeStats(ctx context.Context, req *csi.NodeGetVolumeS
 
 // volumeAt reads a volume ID and a path at which the volume should be. A path
 // that cannot be one is a path where the volume is not.
-func volumeAt(id, path string) (image.Handle, error) {
+func volumeAt(id, at string) (h image.Handle, path string, err error) {
 	if err := required("volume_id", id); err != nil {
-		return image.Handle{}, err
+		return h, "", err
 	}
-	if err := required("volume_path", path); err != nil {
-		return image.Handle{}, err
+	if err := required("volume_path", at); err != nil {
+		return h, "", err
 	}
-	h, err := handleOf("volume_id", id)
-	if err != nil {
-		return h, err
+	if h, err = handleOf("volume_id", id); err != nil {
+		return h, "", err
 	}
-	if err := checkPath("volume_path", path); err != nil {
-		return h, fault.New(fault.NotFound, "volume %q is not there: %w", h, err)
+	if path, err = pathOf("volume_path", at); err != nil {
+		return h, "", fault.New(fault.NotFound, "volume %q is not there: %w", h, err)
 	}
-	return h, nil
+	return h, path, nil
 }
 
 // NodeExpandVolume grows the device and the filesystem of a volume in use.
 func (s *Server) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
-	h, err := volumeAt(req.GetVolumeId(), req.GetVolumePath())
+	h, path, err := volumeAt(req.GetVolumeId(), req.GetVolumePath())
 	if err != nil {
 		return nil, err
 	}
@@ -191,7 +200,7 @@ func (s *Server) NodeExpandVolume(ctx context.Context, req *csi.NodeExpandVolume
 			return nil, err
 		}
 	}
-	got, err := s.cfg.Node.Expand(ctx, h, req.GetVolumePath(), size)
+	got, err := s.cfg.Node.Expand(ctx, h, path, size)
 	if err != nil {
 		return nil, err
 	}
@@ -212,12 +221,35 @@ func (s *Server) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolume
 		return nil, err
 	}
 	out := &csi.VolumeHealth{VolumeId: h.String()}
-	for _, c := range conditions {
-		status := csi.VolumeHealthErrorType_DEGRADED
-		if c.Inaccessible {
-			status = csi.VolumeHealthErrorType_INACCESSIBLE
-		}
-		out.HealthStatuses = append(out.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: c.Reason, Message: c.Message})
+	for _, c := range conditions { // package node names the statuses as CSI does
+		out.HealthStatuses = append(out.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{
+			Status: csi.VolumeHealthErrorType(csi.VolumeHealthErrorType_value[string(c.Status)]), Reason: c.Reason, Message: c.Message,
+		})
 	}
 	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: out}, nil
+}
+
+// NodeGetStorageHealth says which domains cannot be used from this node.
+func (s *Server) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
+	var open, problems []string
+	for _, d := range s.cfg.Manager.Domains(ctx) {
+		switch {
+		case d.Config.Scope == image.ScopeNode && d.Config.Node != s.cfg.NodeID:
+		case d.Open:
+			open = append(open, d.ID)
+		default:
+			problems = append(problems, "domain "+cmp.Or(d.ID, d.Config.Name)+": "+d.Problem)
+		}
+	}
+	conditions := s.cfg.Node.StorageHealth(ctx, open)
+	if len(problems) > 0 { // one entry: a status and reason must not come twice
+		conditions = append(conditions, node.Condition{Status: node.StorageUnreachable, Reason: "DomainNotOpen", Message: strings.Join(problems, "; ")})
+	}
+	r := &csi.NodeGetStorageHealthResponse{}
+	for _, c := range conditions {
+		r.BackendHealth = append(r.BackendHealth, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
+			Status: csi.StorageHealthErrorType(csi.StorageHealthErrorType_value[string(c.Status)]), Reason: c.Reason, Message: c.Message,
+		})
+	}
+	return r, nil
 }

@@ -20,6 +20,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/fault/rpcfault"
+	"github.com/quarry-csi/quarry/pkg/node"
 )
 
 // dial serves s on a socket until the test ends. stop ends it sooner and
@@ -134,7 +135,7 @@ type slowNode struct {
 	entered, release chan struct{}
 }
 
-func (n *slowNode) Stage(ctx context.Context, r StageRequest) error {
+func (n *slowNode) Stage(ctx context.Context, r node.StageRequest) error {
 	close(n.entered)
 	<-n.release
 	return n.fakeNode.Stage(ctx, r)

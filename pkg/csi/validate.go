@@ -76,21 +76,22 @@ func checkNode(node string) error {
 	return nil
 }
 
-// checkPath verifies a path of a node: absolute and without detours. What is
-// there is the node's to check.
-func checkPath(field, path string) error {
+// pathOf reads a path of a node: absolute and without detours. What is there is
+// the node's to check.
+func pathOf(field, path string) (string, error) {
 	if err := required(field, path); err != nil {
-		return err
+		return "", err
 	}
+	clean := filepath.Clean(path)
 	switch {
 	case len(path) >= maxPath:
-		return fault.New(fault.Invalid, "%s has %d bytes: less than %d are allowed", field, len(path), maxPath)
+		return "", fault.New(fault.Invalid, "%s has %d bytes: less than %d are allowed", field, len(path), maxPath)
 	case strings.ContainsRune(path, 0):
-		return fault.New(fault.Invalid, "%s %q holds a NUL character", field, path)
-	case !filepath.IsAbs(path) || filepath.Clean(path) != strings.TrimRight(path, "/") && path != "/":
-		return fault.New(fault.Invalid, "%s %q: it must be an absolute path without '.', '..' or double slashes", field, path)
+		return "", fault.New(fault.Invalid, "%s %q holds a NUL character", field, path)
+	case !filepath.IsAbs(path) || clean != path && clean+"/" != path:
+		return "", fault.New(fault.Invalid, "%s %q: it must be an absolute path without '.', '..' or double slashes", field, path)
 	}
-	return nil
+	return clean, nil
 }
 
 // sizes reads a capacity range; 0 stands for "not said".
