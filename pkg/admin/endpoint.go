@@ -54,24 +54,11 @@ func (e Endpoint) Listen() (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(e.path), 0o750); err != nil {
 		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
 	}
-	switch info, err := os.Lstat(e.path); {
-	case errors.Is(err, os.ErrNotExist):
-	case err != nil:
+	if err := e.Unused(); err != nil {
+		return nil, err
+	}
+	if err := os.Remove(e.path); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
-	case info.Mode().Type() != os.ModeSocket:
-		return nil, fault.New(fault.Invalid, "endpoint %s: there is a file that is not a socket: remove it or choose another path", e)
-	default:
-		conn, err := net.DialTimeout("unix", e.path, time.Second)
-		if err == nil {
-			_ = conn.Close()
-			return nil, fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
-		}
-		if !errors.Is(err, syscall.ECONNREFUSED) {
-			return nil, fault.New(fault.InUse, "endpoint %s: a socket is there that cannot be told to be unused: %w", e, err)
-		}
-		if err := os.Remove(e.path); err != nil {
-			return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
-		}
 	}
 	// Linux gives the socket's file the mode that the descriptor has at bind:
 	// unlike a chmod afterwards, that leaves no moment in which others may connect.
@@ -84,4 +71,27 @@ func (e Endpoint) Listen() (net.Listener, error) {
 		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
 	}
 	return l, nil
+}
+
+// Unused says whether a socket can be made: nothing is there, or one that
+// nobody serves any more. The errors are those of Listen.
+func (e Endpoint) Unused() error {
+	info, err := os.Lstat(e.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return nil
+	case err != nil:
+		return fault.New(fault.Invalid, "endpoint %s: %w", e, err)
+	case info.Mode().Type() != os.ModeSocket:
+		return fault.New(fault.Invalid, "endpoint %s: there is a file that is not a socket: remove it or choose another path", e)
+	}
+	conn, err := net.DialTimeout("unix", e.path, time.Second)
+	if err == nil {
+		_ = conn.Close() // only a probe
+		return fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
+	}
+	if !errors.Is(err, syscall.ECONNREFUSED) {
+		return fault.New(fault.InUse, "endpoint %s: a socket is there that cannot be told to be unused: %w", e, err)
+	}
+	return nil
 }

@@ -1,0 +1,69 @@
+// Command quarry is the CSI driver.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"runtime"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// A second signal ends the process at once.
+	context.AfterFunc(ctx, stop)
+	err := newRoot(os.Stdout).ExecuteContext(ctx)
+	klog.Flush()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "quarry:", strings.Join(strings.Fields(err.Error()), " "))
+		os.Exit(1)
+	}
+}
+
+func newRoot(out io.Writer) *cobra.Command {
+	root := &cobra.Command{
+		Use: "quarry", Short: "Quarry, the CSI driver that gives every storage the same full set of volume features",
+		SilenceUsage: true, SilenceErrors: true, CompletionOptions: cobra.CompletionOptions{HiddenDefaultCmd: true},
+	}
+	root.SetOut(out)
+	flags := flag.NewFlagSet("klog", flag.ContinueOnError)
+	klog.InitFlags(flags)
+	for _, name := range []string{"v", "vmodule"} {
+		root.PersistentFlags().AddGoFlag(flags.Lookup(name))
+	}
+	root.AddCommand(standaloneCommand(),
+		notYet("controller", "the Kubernetes controller"),
+		notYet("node", "the agent on a Kubernetes node"),
+		notYet("engine", "an engine in a process of its own"),
+		&cobra.Command{
+			Use: "version", Short: "Show the version", Args: cobra.NoArgs,
+			RunE: func(*cobra.Command, []string) error {
+				_, err := fmt.Fprintf(out, "quarry %s (%s, %s/%s)\n", version, runtime.Version(), runtime.GOOS, runtime.GOARCH)
+				return err
+			},
+		})
+	return root
+}
+
+// notYet is a role that DESIGN names and this build lacks.
+func notYet(name, what string) *cobra.Command {
+	return &cobra.Command{
+		Use: name, Short: "(not in this build) " + what, DisableFlagParsing: true,
+		RunE: func(*cobra.Command, []string) error {
+			return fault.New(fault.Unsupported, `"quarry %s" (%s) is not in this build yet: "quarry standalone" is a complete driver for one node`, name, what)
+		},
+	}
+}

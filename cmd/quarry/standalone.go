@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"net"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/cmd/internal/engines"
+	"github.com/quarry-csi/quarry/pkg/admin"
+	"github.com/quarry-csi/quarry/pkg/csi"
+	"github.com/quarry-csi/quarry/pkg/domain"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/mover"
+	"github.com/quarry-csi/quarry/pkg/node"
+)
+
+// adminGrace is how long an operator's request may still take when we stop.
+const adminGrace = 5 * time.Second
+
+// standalone runs everything until ctx ends, and stops in this order: no new
+// requests, what is being answered ends, then the Image Manager.
+func standalone(ctx context.Context, o *options) (err error) {
+	registry := engines.Registry(host.Exec{})
+	entries, err := domain.Load(o.domains, registry)
+	if err != nil {
+		return err
+	}
+	// Sockets come before domains: a second process that was started by mistake
+	// must fail on them before it takes the domains away from the first.
+	var adminSocket, metricsSocket net.Listener
+	if err := o.csi.Unused(); err != nil {
+		return err
+	}
+	if o.adminEndpoint != "" {
+		if adminSocket, err = o.admin.Listen(); err != nil {
+			return err
+		}
+		defer adminSocket.Close()
+	}
+	if o.metrics != "" {
+		if metricsSocket, err = net.Listen("tcp", o.metrics); err != nil {
+			return fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
+		}
+		defer metricsSocket.Close()
+	}
+
+	metrics := newMetrics()
+	agents := &node.Agents{}
+	manager := image.New(image.Config{
+		Installation: o.installation, Agents: agents, Mover: mover.New(mover.Options{}), Observe: metrics.observe,
+	})
+	agent := node.New(node.Config{NodeID: o.nodeID, Manager: manager, Engines: manager.Engine, KubeletDir: o.kubeletDir})
+	agents.Set(agent)
+	metrics.watch(manager, agent)
+	service, err := csi.New(csi.Config{
+		DriverName: o.driverName, Version: version, NodeID: o.nodeID,
+		Manager: manager, Node: agent, Metrics: metrics.registry,
+	})
+	if err != nil {
+		return err
+	}
+	if err := agent.Start(ctx); err != nil {
+		return err
+	}
+
+	group, ctx := errgroup.WithContext(ctx)
+	ready := &atomic.Bool{}
+	if metricsSocket != nil {
+		group.Go(func() error { return admin.Serve(ctx, metricsSocket, metrics.handler(ready, manager), adminGrace) })
+		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
+	}
+	opening := &openers{manager: manager, registry: registry, node: o.nodeID}
+	// The manager closes when nobody asks it any more, and nothing is being opened.
+	stopped := func(err error) error {
+		opening.wait()
+		return errors.Join(err, manager.Close())
+	}
+	if err := opening.start(ctx, entries); err != nil {
+		group.Go(func() error { return err }) // ends the others
+		return stopped(group.Wait())
+	}
+	group.Go(func() error { return service.Serve(ctx, o.csi.String()) })
+	if adminSocket != nil {
+		about := admin.Version{
+			Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
+			Node: o.nodeID, Installation: o.installation,
+		}
+		group.Go(func() error { return admin.Serve(ctx, adminSocket, admin.Handler(manager, about), adminGrace) })
+	}
+	ready.Store(true)
+	klog.FromContext(ctx).Info("Started", "version", version, "node", o.nodeID, "installation", o.installation,
+		"endpoint", o.csi.String(), "adminEndpoint", o.adminEndpoint, "domains", len(entries))
+	err = stopped(group.Wait())
+	klog.FromContext(ctx).Info("Stopped")
+	return err
+}
