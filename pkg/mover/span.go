@@ -170,19 +170,19 @@ func (p *pair) zero(ctx context.Context, off, n int64) error {
 
 // zeroCheaply returns EOPNOTSUPP when zeros have to be written.
 func (p *pair) zeroCheaply(off, n int64) error {
-	if p.dstDev {
-		if off%align != 0 || n%align != 0 {
-			return unix.EOPNOTSUPP
-		}
-		return zeroOut(p.dst, off, n)
+	if p.dstDev && (off%align != 0 || n%align != 0) {
+		return unix.EOPNOTSUPP
 	}
-	// A punched hole keeps the copy as sparse as its source; a zeroed range,
-	// which stays allocated, comes second.
+	// A punched hole keeps the copy as sparse as its source, also on a device
+	// with thin storage; a zeroed range, which stays allocated, comes second.
 	for _, mode := range []uint32{unix.FALLOC_FL_PUNCH_HOLE, unix.FALLOC_FL_ZERO_RANGE} {
 		err := retry(func() error { return unix.Fallocate(p.dst, mode|unix.FALLOC_FL_KEEP_SIZE, off, n) })
 		if err != unix.EOPNOTSUPP && err != unix.ENOSYS && err != unix.EINVAL {
 			return err
 		}
+	}
+	if p.dstDev {
+		return zeroOut(p.dst, off, n) // here the kernel writes zeros if it must
 	}
 	return unix.EOPNOTSUPP
 }
