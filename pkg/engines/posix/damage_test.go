@@ -230,6 +230,11 @@ func TestMountedOver(t *testing.T) {
 // TestFullDisk: without room every verb that needs some is Exhausted, leaves
 // nothing, harms nothing, and works once there is room.
 func TestFullDisk(t *testing.T) {
+	t.Run("no inode is free", func(t *testing.T) { fullDisk(t, true) })
+	t.Run("no block is free", func(t *testing.T) { fullDisk(t, false) })
+}
+
+func fullDisk(t *testing.T, inodes bool) {
 	path := hosttest.Filesystem(t, "ext4", 4<<20)
 	d := open(t, path)
 	tree := engine.SlabSpec{ID: "tree", Kind: engine.Tree, Size: 1 << 20}
@@ -237,18 +242,21 @@ func TestFullDisk(t *testing.T) {
 	ok(t, d.CreateSlab(t.Context(), tree))
 	ok(t, d.CreateSlab(t.Context(), block))
 	ok(t, d.CreateTag(t.Context(), engine.Tag{Name: "i.a.1"}))
-	free := fillDisk(t, path)
+	free := fillDisk(t, path, inodes)
 	before := everything(t, path)
 	verbs := map[string]func() error{
 		"CreateTag":              func() error { return d.CreateTag(t.Context(), engine.Tag{Name: "i.a.2", Record: []byte("r")}) },
 		"CreateTag of new class": func() error { return d.CreateTag(t.Context(), engine.Tag{Name: "d.a"}) },
-		"CreateSlab block": func() error {
-			return d.CreateSlab(t.Context(), engine.SlabSpec{ID: "b2", Kind: engine.Block, Size: 4096})
-		},
 		"CreateSlab tree": func() error {
 			return d.CreateSlab(t.Context(), engine.SlabSpec{ID: "t2", Kind: engine.Tree, Size: 4096})
 		},
 		"ResizeSlab tree": func() error { return d.ResizeSlab(t.Context(), "tree", 2<<20) },
+		"Scratch":         func() error { return d.Scratch(func(*os.File) error { return nil }) },
+	}
+	if inodes { // a sparse file needs no block
+		verbs["CreateSlab block"] = func() error {
+			return d.CreateSlab(t.Context(), engine.SlabSpec{ID: "b2", Kind: engine.Block, Size: 4096})
+		}
 	}
 	for name, verb := range verbs {
 		t.Run(name, func(t *testing.T) {
@@ -260,12 +268,12 @@ func TestFullDisk(t *testing.T) {
 	}
 	ok(t, d.ResizeSlab(t.Context(), "block", 2<<20)) // a hole needs no room
 	ok(t, d.CreateSlab(t.Context(), tree))           // a lost reply
+	again := open(t, path)                           // opening works, and so does listing
+	if slabs, err := again.ListSlabs(t.Context()); err != nil || len(slabs) != 2 {
+		t.Errorf("slabs %v, %v", slabs, err)
+	}
 	ok(t, d.DeleteTag(t.Context(), "i.a.1"))
 	ok(t, d.DeleteSlab(t.Context(), "block"))
-	fullAgain := open(t, path) // opening works, and so does listing
-	if _, err := fullAgain.ListSlabs(t.Context()); err != nil {
-		t.Error(err)
-	}
 	free()
 	for name, verb := range verbs {
 		if err := verb(); err != nil {
@@ -274,12 +282,12 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// fillDisk leaves neither a block nor an inode, and returns what gives them back.
-func fillDisk(t *testing.T, path string) (free func()) {
+// fillDisk takes every block, or also every inode, and returns what gives them back.
+func fillDisk(t *testing.T, path string, inodes bool) (free func()) {
 	t.Helper()
 	dir := filepath.Join(path, "ballast")
 	ok(t, os.Mkdir(dir, 0o700))
-	for i := 0; ; i++ {
+	for i := 0; i == 0 || inodes; i++ {
 		if err := os.WriteFile(fmt.Sprintf("%s/%d", dir, i), nil, 0o600); errors.Is(err, unix.ENOSPC) {
 			break
 		} else {
