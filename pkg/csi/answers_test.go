@@ -58,44 +58,25 @@ func TestUnpublishWaitsForTheAgent(t *testing.T) {
 
 func TestValidateSaysWhyNot(t *testing.T) {
 	s, m, _ := world(t)
-	v := image.Handle{Domain: "nas", Image: "v-1"}
-	const many = csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER
-	const readers = csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY
 	for _, c := range []struct {
 		what   string
-		layout image.Layout
-		fs     string // that it carries
-		scope  string
-		multi  bool
-		cap    *csi.VolumeCapability
+		unfit  error // what the Image Manager says of the capability
 		params map[string]string
 		ctx    map[string]string
 		why    string // "": confirmed
 	}{
-		{"mounted", image.LayoutImage, "", "shared", false, mount("", writer), nil, nil, ""},
-		{"block", image.LayoutImage, "", "shared", false, block(writer), nil, nil, ""},
-		{"same filesystem", image.LayoutImage, "xfs", "shared", false, mount("xfs", writer), nil, nil, ""},
-		{"other filesystem", image.LayoutImage, "xfs", "shared", false, mount("ext4", writer), nil, nil, `carries "xfs"`},
-		{"directory", image.LayoutDirectory, "", "shared", false, mount("", many), nil, nil, ""},
-		{"directory as block", image.LayoutDirectory, "", "shared", false, block(writer), nil, nil, "no block device"},
-		{"directory with filesystem", image.LayoutDirectory, "", "shared", false, mount("ext4", writer), nil, nil, "layout"},
-		{"filesystem on many nodes", image.LayoutImage, "", "shared", false, mount("", many), nil, nil, "several nodes"},
-		{"filesystem read on many nodes", image.LayoutImage, "", "shared", false, mount("", readers), nil, nil, ""},
-		{"block on many nodes", image.LayoutImage, "", "shared", false, block(many), nil, nil, "several nodes"},
-		{"block on many nodes where it can", image.LayoutImage, "", "shared", true, block(many), nil, nil, ""},
-		{"many nodes of a node's domain", image.LayoutImage, "", "node", false, mount("", readers), nil, nil, `node "n1" only`},
-		{"same layout", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"layout": "image", "domain": "nas"}, nil, ""},
-		{"other layout", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"layout": "directory"}, nil, "layout"},
-		{"other domain", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"domain": "local"}, nil, "local"},
-		{"unknown parameter", image.LayoutImage, "", "shared", false, mount("", writer), map[string]string{"colour": "red"}, nil, "colour"},
-		{"the sidecars' context", image.LayoutImage, "", "shared", false, mount("", writer), nil, map[string]string{"storage.kubernetes.io/csiProvisionerIdentity": "x"}, ""},
-		{"a stranger's context", image.LayoutImage, "", "shared", false, mount("", writer), nil, map[string]string{"share": "x"}, "share"},
+		{"plain", nil, nil, nil, ""},
+		{"an access that does not fit", fault.New(fault.Invalid, "it carries xfs"), nil, nil, "carries xfs"},
+		{"same layout", nil, map[string]string{"layout": "image", "domain": "nas", "mode": "0750"}, nil, ""},
+		{"other layout", nil, map[string]string{"layout": "directory"}, nil, "layout"},
+		{"other domain", nil, map[string]string{"domain": "local"}, nil, "local"},
+		{"unknown parameter", nil, map[string]string{"colour": "red"}, nil, "colour"},
+		{"the sidecars' context", nil, nil, map[string]string{"storage.kubernetes.io/csiProvisionerIdentity": "x"}, ""},
+		{"a stranger's context", nil, nil, map[string]string{"share": "x"}, "share"},
 	} {
-		m.images[v] = image.Image{Handle: v, Mutable: true, Layout: c.layout, Filesystem: c.fs}
-		m.domains[0].Config.Scope, m.domains[0].Config.Node = c.scope, "n1"
-		m.domains[0].Description.MultiWriterBlock = c.multi
+		m.unfit = c.unfit
 		r, err := s.ValidateVolumeCapabilities(ctx, &csi.ValidateVolumeCapabilitiesRequest{
-			VolumeId: v.String(), VolumeCapabilities: []*csi.VolumeCapability{c.cap}, Parameters: c.params, VolumeContext: c.ctx,
+			VolumeId: "nas/v-1", VolumeCapabilities: []*csi.VolumeCapability{mount("ext4", writer)}, Parameters: c.params, VolumeContext: c.ctx,
 		})
 		switch {
 		case err != nil:
@@ -105,6 +86,9 @@ func TestValidateSaysWhyNot(t *testing.T) {
 		case c.why != "" && (r.Confirmed != nil || !strings.Contains(r.Message, c.why)):
 			t.Errorf("%s: %v, want a message with %q", c.what, r, c.why)
 		}
+	}
+	if !reflect.DeepEqual(m.checked, []image.Access{{Filesystem: "ext4", Mode: image.SingleNodeWriter}}) {
+		t.Errorf("checked %+v", m.checked)
 	}
 }
 
@@ -292,10 +276,9 @@ func TestExpandTellsTheNodeWhereThereIsADevice(t *testing.T) {
 			t.Errorf("%s: %v, %v", layout, r, err)
 		}
 	}
+	m.unfit = fault.New(fault.Invalid, "a directory is no block device")
 	_, err := s.ControllerExpandVolume(ctx, &csi.ControllerExpandVolumeRequest{VolumeId: "nas/v-1", CapacityRange: &csi.CapacityRange{RequiredBytes: 5}, VolumeCapability: block(writer)})
-	if layout := m.images[image.Handle{Domain: "nas", Image: "v-1"}].Layout; layout == image.LayoutDirectory {
-		wantKind(t, "a directory as block", err, fault.Invalid)
-	}
+	wantKind(t, "a directory as block", err, fault.Invalid)
 }
 
 func TestCapacityCountsOnlyDomainsThatFit(t *testing.T) {
@@ -316,6 +299,16 @@ func TestCapacityCountsOnlyDomainsThatFit(t *testing.T) {
 		if err != nil || r.AvailableCapacity != c.want {
 			t.Errorf("%v: %v, %v; want %d", c.req, r, err, c.want)
 		}
+	}
+}
+
+func TestCapacityOfAContradiction(t *testing.T) {
+	s, _, _ := world(t)
+	for layout, c := range map[string]*csi.VolumeCapability{
+		"directory": block(writer), "image": mount("", csi.VolumeCapability_AccessMode_MULTI_NODE_MULTI_WRITER),
+	} {
+		_, err := s.GetCapacity(ctx, &csi.GetCapacityRequest{Parameters: map[string]string{"layout": layout}, VolumeCapabilities: []*csi.VolumeCapability{c}})
+		wantKind(t, layout, err, fault.Invalid)
 	}
 }
 

@@ -25,14 +25,10 @@ func (s *Server) ControllerPublishVolume(ctx context.Context, req *csi.Controlle
 	if err != nil {
 		return nil, err
 	}
-	img, err := s.volumeImage(ctx, h)
-	if err != nil {
+	if _, err := s.volumeImage(ctx, h); err != nil {
 		return nil, err
 	}
 	if err := s.cfg.KnownNode(req.GetNodeId()); err != nil {
-		return nil, err
-	}
-	if err := s.placeable(ctx, img, a); err != nil {
 		return nil, err
 	}
 	at, err := s.cfg.Manager.Attach(ctx, h, req.GetNodeId(), a, req.GetReadonly() || a.Mode.ReadOnly())

@@ -1,7 +1,6 @@
 package csi
 
 import (
-	"context"
 	"fmt"
 	"slices"
 	"strings"
@@ -56,57 +55,26 @@ func access(field string, c *csi.VolumeCapability) (image.Access, error) {
 	return a, nil
 }
 
-// compatible says why an image with a layout cannot be used with an access.
+// slabKind is the kind of slab that the layout and the capabilities ask for;
+// "" when neither says anything.
 // The error is fault.Invalid and names both sides.
-func compatible(l image.Layout, a image.Access) error {
-	writers := a.Mode.MultiNode() && !a.Mode.ReadOnly()
-	switch {
-	case l == image.LayoutDirectory && a.Block:
-		return fault.New(fault.Invalid, "layout %q and block access: a directory is no block device; layout %q is", l, image.LayoutImage)
-	case l == image.LayoutDirectory && a.Filesystem != "":
-		return fault.New(fault.Invalid, "layout %q and filesystem %q: a directory has the filesystem of its domain; ask for none, or for layout %q", l, a.Filesystem, image.LayoutImage)
-	case l == image.LayoutImage && !a.Block && writers:
-		return fault.New(fault.Invalid, "layout %q and access mode %s: a filesystem on a block device cannot be written on several nodes; layout %q can", l, a.Mode, image.LayoutDirectory)
+func slabKind(l image.Layout, as []image.Access) (engine.Kind, error) {
+	if l == "" && len(as) == 0 {
+		return "", nil
 	}
-	return nil
-}
-
-// placeable adds to compatible what depends on the image's domain.
-func (s *Server) placeable(ctx context.Context, img image.Image, a image.Access) error {
-	if err := compatible(img.Layout, a); err != nil {
-		return err
-	}
-	if a.Filesystem != "" && img.Filesystem != "" && a.Filesystem != img.Filesystem {
-		return fault.New(fault.Invalid, "filesystem %q: the volume carries %q", a.Filesystem, img.Filesystem)
-	}
-	if !a.Mode.MultiNode() {
-		return nil
-	}
-	for _, d := range s.cfg.Manager.Domains(ctx) {
-		if d.ID != img.Handle.Domain {
-			continue
-		}
-		if d.Config.Scope == image.ScopeNode {
-			return fault.New(fault.Invalid, "access mode %s and domain %q: it can be reached from node %q only", a.Mode, d.ID, d.Config.Node)
-		}
-		if a.Block && !a.Mode.ReadOnly() && !d.Description.MultiWriterBlock {
-			return fault.New(fault.Invalid, "block access with mode %s and domain %q: its block devices cannot be written on several nodes", a.Mode, d.ID)
-		}
-	}
-	return nil
-}
-
-// slabKind is the kind of slab that the capabilities and the layout ask for.
-func slabKind(l image.Layout, as []image.Access) engine.Kind {
-	if l != "" {
-		return l.Kind()
-	}
+	kind := l.Kind()
 	for _, a := range as {
-		if !a.Block && a.Mode.MultiNode() && !a.Mode.ReadOnly() {
-			return engine.Tree
+		tree := !a.Block && a.Mode.MultiNode() && !a.Mode.ReadOnly()
+		switch {
+		case l == image.LayoutDirectory && a.Block:
+			return "", fault.New(fault.Invalid, "layout %q and block access: a directory is no block device", l)
+		case l == image.LayoutImage && tree:
+			return "", fault.New(fault.Invalid, "layout %q and access mode %s: a filesystem on a block device cannot be written on several nodes", l, a.Mode)
+		case tree:
+			kind = engine.Tree
 		}
 	}
-	return engine.Block
+	return kind, nil
 }
 
 // nodes translates a topology requirement into node names: the preferred

@@ -129,16 +129,12 @@ func (s *Server) ControllerExpandVolume(ctx context.Context, req *csi.Controller
 	if err != nil {
 		return nil, err
 	}
-	before, err := s.volumeImage(ctx, h)
-	if err != nil {
-		return nil, err
-	}
 	if req.GetVolumeCapability() != nil {
 		a, err := access("volume_capability", req.GetVolumeCapability())
 		if err != nil {
 			return nil, err
 		}
-		if err := s.placeable(ctx, before, a); err != nil {
+		if err := s.cfg.Manager.CheckAccess(ctx, h, []image.Access{a}); err != nil {
 			return nil, err
 		}
 	}
@@ -187,11 +183,6 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 		if as, err = accesses(req.GetVolumeCapabilities()); err != nil {
 			return nil, err
 		}
-		for _, a := range as {
-			if err := compatible(c.layout, a); err != nil {
-				return nil, err
-			}
-		}
 	}
 	if err := s.checkEngineParams(ctx, c); err != nil {
 		return nil, err
@@ -202,7 +193,11 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 			return nil, err
 		}
 	}
-	domains, none := s.suitable(ctx, c, as)
+	kind, err := slabKind(c.layout, as)
+	if err != nil {
+		return nil, err
+	}
+	domains, none := s.suitable(ctx, c, kind)
 	if none {
 		return &csi.GetCapacityResponse{}, nil
 	}
@@ -222,11 +217,7 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 
 // suitable narrows a class's domains to those that can hold its volumes; nil
 // means every domain, none that there is not one.
-func (s *Server) suitable(ctx context.Context, c class, as []image.Access) (domains []string, none bool) {
-	if c.layout == "" && len(as) == 0 && len(c.requireNative) == 0 {
-		return c.domains, false
-	}
-	kind := slabKind(c.layout, as)
+func (s *Server) suitable(ctx context.Context, c class, kind engine.Kind) (domains []string, none bool) {
 	narrowed := false
 	known := map[string]bool{}
 	for _, d := range s.cfg.Manager.Domains(ctx) {
@@ -236,7 +227,7 @@ func (s *Server) suitable(ctx context.Context, c class, as []image.Access) (doma
 		if !c.places(d) {
 			continue
 		}
-		fits := !d.Open || slices.Contains(d.Description.Kinds, kind)
+		fits := kind == "" || !d.Open || slices.Contains(d.Description.Kinds, kind)
 		for _, n := range c.requireNative {
 			fits = fits && (!d.Open || slices.Contains(d.Capabilities, n))
 		}
@@ -318,8 +309,12 @@ func (s *Server) ValidateVolumeCapabilities(ctx context.Context, req *csi.Valida
 	if err != nil {
 		return nil, err
 	}
-	if err := s.validate(ctx, img, as, req); err != nil {
+	switch err := s.validate(ctx, img, as, req); {
+	case err == nil:
+	case fault.KindOf(err) == fault.Invalid:
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+	default:
+		return nil, err
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext: req.GetVolumeContext(), VolumeCapabilities: req.GetVolumeCapabilities(),
@@ -328,10 +323,8 @@ func (s *Server) ValidateVolumeCapabilities(ctx context.Context, req *csi.Valida
 }
 
 func (s *Server) validate(ctx context.Context, img image.Image, as []image.Access, req *csi.ValidateVolumeCapabilitiesRequest) error {
-	for _, a := range as {
-		if err := s.placeable(ctx, img, a); err != nil {
-			return err
-		}
+	if err := s.cfg.Manager.CheckAccess(ctx, img.Handle, as); err != nil {
+		return err
 	}
 	for k := range req.GetVolumeContext() {
 		// Sidecars add keys of their own; Quarry gives none.

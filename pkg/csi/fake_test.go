@@ -25,6 +25,8 @@ type fakeManager struct {
 	grouped  []image.GroupRequest
 	modified []image.Tuning
 	params   map[string]string // of the last Modify
+	checked  []image.Access
+	unfit    error // of CheckAccess
 	calls    []string
 }
 
@@ -113,6 +115,11 @@ func (f *fakeManager) List(_ context.Context, mutable bool, after string, max in
 
 func (f *fakeManager) Attach(_ context.Context, h image.Handle, on string, a image.Access, ro bool) (image.Attachment, error) {
 	return image.Attachment{Node: on, Mode: a.Mode, ReadOnly: ro, Generation: 42}, f.did("attach " + h.String() + " " + on)
+}
+
+func (f *fakeManager) CheckAccess(_ context.Context, h image.Handle, as []image.Access) error {
+	f.checked = as
+	return cmp.Or(f.fail, f.known(h), f.unfit)
 }
 
 func (f *fakeManager) Detach(_ context.Context, h image.Handle, on string) error {

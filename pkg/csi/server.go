@@ -54,6 +54,7 @@ type Manager interface {
 	List(ctx context.Context, mutable bool, after string, max int) ([]image.Image, bool, error)
 	Attach(ctx context.Context, h image.Handle, node string, a image.Access, readOnly bool) (image.Attachment, error)
 	Detach(ctx context.Context, h image.Handle, node string) error
+	CheckAccess(ctx context.Context, h image.Handle, accesses []image.Access) error
 	Capacity(ctx context.Context, domains []string, node string) (available, maxVolume, minVolume int64, err error)
 	Topology(domain string) (node string, err error)
 	Domains(ctx context.Context) []image.DomainInfo
