@@ -89,6 +89,9 @@ func readXattrs(fd int, path string) (map[string][]byte, error) {
 	}
 	all := map[string][]byte{}
 	for name := range bytes.SplitSeq(bytes.TrimSuffix(list, []byte{0}), []byte{0}) {
+		if bytes.HasPrefix(name, []byte("trusted.SGI_ACL_")) {
+			continue // how XFS keeps an ACL that is listed by its own name as well
+		}
 		value, err := readSized(func(buf []byte) (int, error) { return unix.Getxattr(proc, string(name), buf) })
 		if err == unix.ENODATA || err == unix.EOPNOTSUPP && optional(string(name)) {
 			continue // gone meanwhile, or a name without a value

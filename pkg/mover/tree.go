@@ -120,8 +120,8 @@ func (t *treeCopy) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	g, ctx := errgroup.WithContext(ctx)
-	t.ctx = ctx
+	g, gctx := errgroup.WithContext(ctx)
+	t.ctx = gctx
 	t.jobs = make(chan fileJob, 2*t.m.workers)
 	defer t.to.close()
 	root := &dirState{meta: rootMeta}
@@ -136,10 +136,10 @@ func (t *treeCopy) run(ctx context.Context) error {
 			return sysErr(err, "stat", t.dstName)
 		}
 		t.open = []*dirState{root}
-		return walk(ctx, t.src.fd, t.srcName, t)
+		return walk(gctx, t.src.fd, t.srcName, t)
 	})
 	for range t.m.workers {
-		g.Go(func() error { return t.work(ctx) })
+		g.Go(func() error { return t.work(gctx) })
 	}
 	err = g.Wait()
 	for j := range t.jobs { // what no worker took after an error
