@@ -33,10 +33,14 @@ func main() {
 const cleaning = time.Minute
 
 func demo(ctx context.Context, s *screen, bin, work string) (err error) {
+	var cleaned error
 	defer func() {
+		err = errors.Join(err, cleaned)
 		switch {
-		case err != nil && ctx.Err() != nil:
+		case ctx.Err() != nil && cleaned == nil:
 			s.failed(errors.New("interrupted; everything was taken down"))
+		case ctx.Err() != nil:
+			s.failed(fmt.Errorf("interrupted; not everything was taken down: %w", cleaned))
 		case err != nil:
 			s.failed(err)
 		}
@@ -61,7 +65,7 @@ func demo(ctx context.Context, s *screen, bin, work string) (err error) {
 	defer func() {
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleaning)
 		defer cancel()
-		err = errors.Join(err, tearDown(ctx, dir))
+		cleaned = errors.Join(cleaned, tearDown(ctx, dir))
 	}()
 
 	started := time.Now()
@@ -72,6 +76,12 @@ func demo(ctx context.Context, s *screen, bin, work string) (err error) {
 	places := []*place{
 		{domain: "on-ext4", disk: "ext4", filesystem: "ext4"},
 		{domain: "on-xfs", disk: "xfs", filesystem: "xfs"},
+	}
+	if may, err := mayGrowExt4(); err != nil {
+		return err
+	} else if !may {
+		places[0].filesystem = "xfs"
+		s.note("This process lacks CAP_SYS_RESOURCE, without which Linux grows no mounted ext4:\nboth domains get volumes with XFS inside.")
 	}
 	for _, p := range places {
 		begin := time.Now()
@@ -85,17 +95,18 @@ func demo(ctx context.Context, s *screen, bin, work string) (err error) {
 		return err
 	}
 	defer func() {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleaning)
+		stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleaning)
 		defer cancel()
-		if stopped := q.stop(ctx); stopped != nil {
-			err = errors.Join(err, stopped)
-		}
-		if err != nil && !errors.Is(err, context.Canceled) {
-			s.note("The last lines of quarry's log:\n%s", q.lastLog(30))
+		cleaned = q.stop(stopping)
+		if errors.Join(err, cleaned) != nil && ctx.Err() == nil {
+			s.note("The last lines of quarry's log:\n%s", q.lastLog(10))
 		}
 	}()
 	s.done("quarry standalone serves CSI on a Unix socket", q.identity, q.startup)
 	if err := q.show(ctx, s, "domains"); err != nil {
+		return err
+	}
+	if err := q.reasons(ctx, s); err != nil {
 		return err
 	}
 
@@ -108,9 +119,6 @@ func demo(ctx context.Context, s *screen, bin, work string) (err error) {
 	}
 
 	s.title("Nothing is left behind")
-	if err := q.show(ctx, s, "images"); err != nil {
-		return err
-	}
 	if err := proveEmpty(ctx, s, q, dir, places); err != nil {
 		return err
 	}

@@ -18,6 +18,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+
+	"github.com/quarry-csi/quarry/pkg/admin"
 )
 
 const (
@@ -26,7 +28,7 @@ const (
 	// readiness is how long quarry may take from its start to a ready Probe.
 	readiness = 30 * time.Second
 	// patience is how long one CSI call may be repeated, as a sidecar would.
-	patience = 3 * time.Minute
+	patience = 2 * time.Minute
 )
 
 // place is one domain of the demo.
@@ -204,6 +206,9 @@ func call[Q, A any](ctx context.Context, method func(context.Context, Q, ...grpc
 		default:
 			return reply, err
 		}
+		if wait > time.Second {
+			fmt.Fprintf(os.Stderr, "      waiting: %s\n", status.Convert(err).Message())
+		}
 		select {
 		case <-ctx.Done():
 			return reply, err
@@ -217,46 +222,46 @@ func (q *quarry) ask(ctx context.Context, args ...string) (string, error) {
 	return run(ctx, q.cli, append(args, "--admin-endpoint", q.admin)...)
 }
 
-// show runs kubectl-quarry and puts its table on the screen.
+// show runs kubectl-quarry and puts what it says on the screen. It fails when
+// there is something that needs a person.
 func (q *quarry) show(ctx context.Context, s *screen, args ...string) error {
-	text, err := q.ask(ctx, args...)
+	cmd := exec.CommandContext(ctx, q.cli, append(args, "--admin-endpoint", q.admin)...)
+	text, err := cmd.CombinedOutput()
+	s.table("kubectl quarry "+strings.Join(args, " "), string(text))
 	if err != nil {
-		return err
+		return fmt.Errorf("kubectl-quarry %s: %w", strings.Join(args, " "), err)
 	}
-	s.table("kubectl quarry "+strings.Join(args, " "), text)
 	return nil
 }
 
-// listed is what the demo reads of an element of kubectl-quarry's list of images.
-type listed struct {
-	Handle handle
-	State  string
-	How    string
-}
-
-// handle is "<domain>/<image>".
-type handle string
-
-// UnmarshalJSON takes the text or its two parts.
-func (h *handle) UnmarshalJSON(data []byte) error {
-	if len(data) > 0 && data[0] == '"' {
-		return json.Unmarshal(data, (*string)(h))
-	}
-	var parts struct{ Domain, Image string }
-	err := json.Unmarshal(data, &parts)
-	*h = handle(parts.Domain + "/" + parts.Image)
-	return err
-}
-
-// images are all of them, hidden and dying ones too.
-func (q *quarry) images(ctx context.Context) ([]listed, error) {
-	text, err := q.ask(ctx, "images", "-o", "json")
+// list asks kubectl-quarry for JSON.
+func list[T any](ctx context.Context, q *quarry, what string) ([]T, error) {
+	text, err := q.ask(ctx, what, "-o", "json")
 	if err != nil {
 		return nil, err
 	}
-	var list []listed
-	if err := json.Unmarshal([]byte(text), &list); err != nil {
-		return nil, fmt.Errorf("kubectl-quarry images -o json: %w", err)
+	var out []T
+	if err := json.Unmarshal([]byte(text), &out); err != nil {
+		return nil, fmt.Errorf("kubectl-quarry %s -o json: %w", what, err)
 	}
-	return list, nil
+	return out, nil
+}
+
+// images are all of them, hidden and dying ones too.
+func (q *quarry) images(ctx context.Context) ([]admin.Image, error) {
+	return list[admin.Image](ctx, q, "images")
+}
+
+// reasons prints what each domain does natively and what by default, and why.
+func (q *quarry) reasons(ctx context.Context, s *screen) error {
+	domains, err := list[admin.Domain](ctx, q, "domains")
+	if err != nil {
+		return err
+	}
+	for _, d := range domains {
+		for _, note := range d.Notes {
+			s.note("%s: %s", d.Name, note)
+		}
+	}
+	return nil
 }

@@ -53,6 +53,17 @@ func disk(ctx context.Context, dir, filesystem string, bytes int64) (mounted str
 	return mounted, err
 }
 
+// mayGrowExt4 says whether this process may grow a mounted ext4. Root in some
+// containers may not.
+func mayGrowExt4() (bool, error) {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var sets [2]unix.CapUserData // of 32 capabilities each
+	if err := unix.Capget(&header, &sets[0]); err != nil {
+		return false, err
+	}
+	return sets[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0, nil
+}
+
 // mounts returns the mount points below dir, deepest first.
 func mounts(dir string) ([]string, error) {
 	data, err := os.ReadFile("/proc/self/mountinfo")

@@ -222,7 +222,7 @@ func (s *story) moveAbroad(ctx context.Context) error {
 
 // look shows what an operator sees.
 func (s *story) look(ctx context.Context) error {
-	for _, args := range [][]string{{"images"}, {"chain", s.larger.id}, {"check", s.here.domain}} {
+	for _, args := range [][]string{{"chain", s.here.domain + "-ledger"}, {"check"}, {"domains"}} {
 		if err := s.quarry.show(ctx, s.screen, args...); err != nil {
 			return err
 		}

@@ -166,7 +166,7 @@ func (q *quarry) how(ctx context.Context, id string) (string, error) {
 		return "", err
 	}
 	for _, i := range images {
-		if string(i.Handle) == id {
+		if i.Handle == id {
 			return i.How, nil
 		}
 	}
