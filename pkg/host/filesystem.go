@@ -8,6 +8,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
@@ -101,12 +103,49 @@ func (l *Local) Check(ctx context.Context, device, fsType string) (note string, 
 	return "fsck of " + device + " could not finish, the mount decides: " + said, nil
 }
 
+// GrowsOnline says whether this process may grow a mounted filesystem: ext4
+// asks for CAP_SYS_RESOURCE, which some sandboxes withhold even from root.
+func (l *Local) GrowsOnline(fsType string) bool {
+	if fsType != Ext4 {
+		return true
+	}
+	hdr := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if unix.Capget(&hdr, &data[0]) != nil {
+		return true // the growing itself will tell
+	}
+	return data[0].Effective&(1<<unix.CAP_SYS_RESOURCE) != 0
+}
+
+// GrowUnmounted lets an ext4 that is not mounted fill its device, after the
+// full check that resize2fs insists on.
+func (l *Local) GrowUnmounted(ctx context.Context, device string) error {
+	_, err := l.run.Run(ctx, Command{Name: "e2fsck", Args: []string{"-f", "-p", device}, Timeout: toolTimeout})
+	var exit *ExitError
+	if errors.As(err, &exit) {
+		if exit.Result.ExitCode != 1 { // errors corrected
+			return fault.New(fault.Corrupt, "ext4 on %s cannot be grown before it was repaired: %w", device, err)
+		}
+	} else if err != nil {
+		return err
+	}
+	_, err = l.run.Run(ctx, Command{Name: "resize2fs", Args: []string{device}, Timeout: toolTimeout})
+	if errors.As(err, &exit) {
+		return fault.New(fault.Unavailable, "grow ext4 on %s: %w", device, err)
+	}
+	return err
+}
+
 // GrowFilesystem lets the filesystem mounted at point fill its device. One
-// that fills it already is success.
+// that fills it already is success. fault.InUse: this process may not while it
+// is mounted.
 func (l *Local) GrowFilesystem(ctx context.Context, fsType, device, point string) error {
 	var c Command
 	switch fsType {
 	case Ext4:
+		if !l.GrowsOnline(fsType) {
+			return fault.New(fault.InUse, "ext4 on %s cannot be grown while it is mounted, because Quarry runs without CAP_SYS_RESOURCE: it grows when the volume is staged next; or give Quarry the capability", device)
+		}
 		c = Command{Name: "resize2fs", Args: []string{device}}
 	case XFS:
 		c = Command{Name: "xfs_growfs", Args: []string{"-d", point}}

@@ -164,3 +164,8 @@ func ioError(op, path string, err error) error {
 	}
 	return fault.New(kind, "%s %s: %w", op, path, err)
 }
+
+// Within runs f, which may hang, as Guard.Do does.
+func (l *Local) Within(ctx context.Context, key string, limit time.Duration, f func() error) error {
+	return l.guard.Do(ctx, key, limit, f)
+}

@@ -52,23 +52,23 @@ func (n *Node) expand(ctx context.Context, h image.Handle, path string, size int
 		return im.Size, nil // the engine enforces what size a directory has
 	}
 	// Below first: a view takes its size from the device.
+	var dev block.Device
 	for _, u := range []block.Use{block.Filesystem, block.Raw, block.View} {
 		d := s.device(u)
 		if d == nil {
 			continue
 		}
-		if _, err := n.devices.Grow(ctx, *d, im.Size); err != nil {
+		if dev, err = n.devices.Grow(ctx, *d, im.Size); err != nil {
 			return 0, err
 		}
 	}
-	m := s.at(path)
-	if s.raw() || m == nil {
+	if s.device(block.Filesystem) == nil {
 		return im.Size, nil
 	}
 	// The target may be read-only while the staged mount is not.
 	for _, m := range s.mounts {
 		if !m.ReadOnly() {
-			return im.Size, n.host.GrowFilesystem(ctx, m.Type, s.device(block.Filesystem).Path, m.Point)
+			return im.Size, n.fill(ctx, h, dev, m.Type, m.Point)
 		}
 	}
 	return im.Size, nil

@@ -121,7 +121,14 @@ func (n *Node) prepare(ctx context.Context, h image.Handle, st image.Staging, de
 	if note != "" {
 		klog.FromContext(ctx).Info("Filesystem check", "image", h, "result", note)
 	}
-	return err
+	if err != nil || n.host.GrowsOnline(fsType) {
+		return err
+	}
+	room, err := n.room(ctx, h, dev, fsType)
+	if err != nil || !room {
+		return err
+	}
+	return n.host.GrowUnmounted(ctx, dev.Path)
 }
 
 // mount mounts the device at the staging path.
@@ -162,15 +169,24 @@ func (n *Node) mount(ctx context.Context, r StageRequest, dev block.Device, fsTy
 // fill grows a mounted filesystem that is smaller than its device: the image
 // was restored to a larger size, or grown while it was not staged.
 func (n *Node) fill(ctx context.Context, h image.Handle, dev block.Device, fsType, point string) error {
-	sb, err := n.host.Superblock(ctx, dev.Path, fsType)
-	if err != nil {
+	room, err := n.room(ctx, h, dev, fsType)
+	if err != nil || !room {
 		return err
 	}
-	if dev.Size-sb.Size < max(sb.Block, 64<<10) { // btrfs counts in 4 KiB, mkfs rounds to 64 KiB at most
-		return nil
+	return n.host.GrowFilesystem(ctx, fsType, dev.Path, point)
+}
+
+// room says whether a device is larger than its filesystem.
+func (n *Node) room(ctx context.Context, h image.Handle, dev block.Device, fsType string) (bool, error) {
+	sb, err := n.host.Superblock(ctx, dev.Path, fsType)
+	if err != nil {
+		return false, err
+	}
+	if dev.Size-sb.Size < max(sb.Block, 64<<10) { // mkfs rounds down to 64 KiB at most
+		return false, nil
 	}
 	klog.FromContext(ctx).Info("Growing a filesystem to its device", "image", h, "filesystem", fsType, "from", sb.Size, "to", dev.Size)
-	return n.host.GrowFilesystem(ctx, fsType, dev.Path, point)
+	return true, nil
 }
 
 func hasGroup(path string, gid int) bool {

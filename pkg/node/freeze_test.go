@@ -1,0 +1,177 @@
+package node
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// freezePoint makes this test binary a process that freezes and waits.
+const freezePoint, freezeLimit = "QUARRY_TEST_FREEZE", "QUARRY_TEST_LIMIT"
+
+func TestMain(m *testing.M) {
+	if point := os.Getenv(freezePoint); point != "" {
+		limit, err := time.ParseDuration(os.Getenv(freezeLimit))
+		if err == nil {
+			_, err = host.NewLocal(host.Exec{}).Freeze(context.Background(), point, limit)
+		}
+		if err != nil {
+			println(err.Error())
+			os.Exit(1)
+		}
+		os.Stdout.WriteString("frozen\n")
+		select {}
+	}
+	os.Exit(m.Run())
+}
+
+// thawed waits until a write into a frozen filesystem comes through.
+func thawed(t *testing.T, dir string) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() { done <- os.WriteFile(filepath.Join(dir, "w"), []byte("w"), 0o600) }()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Fatal(err)
+		}
+	case <-time.After(time.Minute): // far beyond every limit here
+		_, _ = host.NewLocal(host.Exec{}).ThawLeft(bg, dir)
+		t.Fatal("the filesystem stayed frozen")
+	}
+}
+
+// isFrozen asks the kernel: a filesystem that is frozen refuses to be frozen again.
+func isFrozen(t *testing.T, dir string) bool {
+	t.Helper()
+	f, err := host.NewLocal(host.Exec{}).Freeze(bg, dir, time.Minute)
+	if errors.Is(err, fault.InUse) {
+		return true
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Thaw(); err != nil {
+		t.Fatal(err)
+	}
+	return false
+}
+
+func TestFreezeHoldsUntilThaw(t *testing.T) {
+	filesystems(t, func(t *testing.T, fs string) {
+		w := newWorld(t)
+		h := w.volume("v", testSize)
+		if f, err := w.node.Freeze(bg, h, time.Minute); err != nil || f != image.NotStaged {
+			t.Fatalf("%v %v", f, err)
+		}
+		w.stage(h, fs)
+		for range 2 {
+			for range 2 { // idempotent
+				if f, err := w.node.Freeze(bg, h, time.Minute); err != nil || f != image.IsFrozen {
+					t.Fatalf("%v %v", f, err)
+				}
+			}
+			if !isFrozen(t, w.staging(h)) {
+				t.Fatal("it is not frozen")
+			}
+			c, err := w.node.Health(bg, h)
+			w.ok(err)
+			wantCondition(t, c, Degraded, "Frozen")
+			w.ok(w.node.Thaw(bg, h))
+			thawed(t, w.staging(h))
+			w.fails(w.node.Thaw(bg, h), fault.Conflict)
+		}
+		if f, err := w.node.Freeze(bg, h, time.Minute); err != nil || f != image.IsFrozen {
+			t.Fatalf("%v %v", f, err)
+		}
+		w.unstage(h) // ends the freeze first
+		w.fails(w.node.Thaw(bg, h), fault.Conflict)
+	})
+}
+
+func TestThawSaysThatTheWatchdogHadToAct(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	w.stage(h, host.Ext4)
+	_, err := w.node.Freeze(bg, h, 200*time.Millisecond)
+	w.ok(err)
+	thawed(t, w.staging(h))
+	w.fails(w.node.Thaw(bg, h), fault.Conflict, "did not hold")
+	if f, err := w.node.Freeze(bg, h, time.Minute); err != nil || f != image.IsFrozen {
+		t.Fatalf("%v %v", f, err)
+	}
+	// Somebody else's hand.
+	if was, err := w.node.host.ThawLeft(bg, w.staging(h)); err != nil || !was {
+		t.Fatalf("%v %v", was, err)
+	}
+	w.fails(w.node.Thaw(bg, h), fault.Conflict, "did not hold")
+}
+
+// freezer starts another process that freezes dir and does not come to thaw it.
+func freezer(t *testing.T, dir string, limit time.Duration) *exec.Cmd {
+	t.Helper()
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), freezePoint+"="+dir, freezeLimit+"="+limit.String())
+	cmd.Stderr = os.Stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	if line, err := bufio.NewReader(out).ReadString('\n'); line != "frozen\n" {
+		t.Fatalf("the other process said %q: %v", line, err)
+	}
+	return cmd
+}
+
+func TestFreezeDoesNotOutliveItsAgent(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	w.stage(h, host.Ext4)
+	agent := freezer(t, w.staging(h), time.Hour)
+	if !isFrozen(t, w.staging(h)) {
+		t.Fatal("it is not frozen")
+	}
+	w.ok(agent.Process.Signal(syscall.SIGKILL))
+	thawed(t, w.staging(h))
+	// The watchdog thaws first and ends then; until it has, the mount is in use.
+	for deadline := time.Now().Add(time.Minute); ; {
+		err := w.node.Unstage(bg, h, w.staging(h))
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, fault.InUse) || time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestStartingAgentThawsWhatItFinds(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	w.stage(h, host.Ext4)
+	w.ok(w.node.Start(bg)) // nothing to do
+	d, err := os.Open(w.staging(h))
+	w.ok(err)
+	const fifreeze = 0xc0045877
+	w.ok(unix.IoctlSetInt(int(d.Fd()), fifreeze, 0)) // nobody watches over it
+	w.ok(d.Close())
+	w.restart()
+	w.ok(w.node.Start(bg))
+	thawed(t, w.staging(h))
+}
