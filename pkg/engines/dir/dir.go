@@ -80,6 +80,8 @@ func checkParams(params map[string]string) (path string, err error) {
 	real, err := filepath.EvalSymlinks(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", fault.New(fault.NotFound, "parameter \"path\": %s does not exist: create the directory or mount its file system", path)
+	} else if errors.Is(err, unix.ENOTDIR) {
+		return "", fault.New(fault.Invalid, "parameter \"path\": %s is not a directory: a part of it is a file", path)
 	} else if err != nil {
 		return "", posix.Fault(fmt.Errorf("parameter \"path\": %w", err))
 	}
