@@ -266,8 +266,11 @@ func fullDisk(t *testing.T, inodes bool) {
 			}
 		})
 	}
+	ok(t, d.CreateSlab(t.Context(), tree)) // replies that were lost
+	ok(t, d.CreateSlab(t.Context(), block))
+	ok(t, d.CreateTag(t.Context(), engine.Tag{Name: "i.a.1"}))
+	fails(t, d.CreateTag(t.Context(), engine.Tag{Name: "i.a.1", Slab: "other"}), fault.Exists)
 	ok(t, d.ResizeSlab(t.Context(), "block", 2<<20)) // a hole needs no room
-	ok(t, d.CreateSlab(t.Context(), tree))           // a lost reply
 	again := open(t, path)                           // opening works, and so does listing
 	if slabs, err := again.ListSlabs(t.Context()); err != nil || len(slabs) != 2 {
 		t.Errorf("slabs %v, %v", slabs, err)

@@ -183,6 +183,17 @@ func (d *Directory) unique() string { return d.host + rand.Text() }
 // place makes a file durable under a name in dir: complete, or not at all. The
 // error is fs.ErrExist when the name is taken.
 func (d *Directory) place(dir *os.File, name string, fill func(*os.File) error) error {
+	err := d.tryPlace(dir, name, fill)
+	if errors.Is(Fault(err), fault.Exhausted) {
+		// What is there already is not left undone for want of room.
+		if unix.Fstatat(int(dir.Fd()), name, new(unix.Stat_t), unix.AT_SYMLINK_NOFOLLOW) == nil {
+			return fs.ErrExist
+		}
+	}
+	return err
+}
+
+func (d *Directory) tryPlace(dir *os.File, name string, fill func(*os.File) error) error {
 	tmp := d.unique()
 	f, err := openat(d.tmp, tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
 	if err != nil {
