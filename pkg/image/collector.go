@@ -408,6 +408,12 @@ func (d *domain) strayTag(name string) string {
 		}
 		return ""
 	}
+	if id, rev, ok := parseRevTag(prefixPin, name); ok {
+		if _, known := d.pins[name]; !known && rev.epoch() <= d.epoch && d.ours(id) {
+			return "it is a pin that was never confirmed"
+		}
+		return ""
+	}
 	if s, ok := strings.CutPrefix(name, prefixAttachment); ok {
 		id, _, _ := strings.Cut(s, ".")
 		img := d.images[id]

@@ -222,15 +222,21 @@ func (c *creation) resume(ctx context.Context, img *image, rec record) error {
 		return fault.New(fault.InUse, "only a copy of a snapshot can be resumed")
 	}
 	img.d.mu.Lock()
+	gone := img.slabGone
 	img.op = c.op
 	img.d.mu.Unlock()
-	if err := c.fill(ctx, img, rec, rec.Progress); err != nil {
-		img.d.mu.Lock()
-		img.op = nil
-		img.d.mu.Unlock()
-		return err
+	if gone {
+		err = fault.New(fault.InUse, "its slab is gone: it begins anew")
+	} else {
+		err = c.fill(ctx, img, rec, rec.Progress)
 	}
-	return nil
+	if err != nil && !uncertain(err) && !errors.Is(err, fault.InUse) {
+		return c.d.abandon(ctx, img, err) // a final error: nothing may remain
+	}
+	img.d.mu.Lock()
+	img.op = nil
+	img.d.mu.Unlock()
+	return err
 }
 
 // fill makes the slab's content and seals the volume.
@@ -289,6 +295,9 @@ func (d *domain) intend(ctx context.Context, op *operation, rec record) (*image,
 		unknown := img.pending != nil
 		img.op = nil
 		img.rec = rec
+		if unknown {
+			d.setName(img) // whoever asks again finds it, and sweeps it first
+		}
 		d.mu.Unlock()
 		if !unknown {
 			d.forget(img)

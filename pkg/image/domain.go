@@ -181,7 +181,11 @@ func (d *domain) createTag(ctx context.Context, t engine.Tag) error {
 		}
 		return err
 	}
-	return d.current(ctx)
+	err := d.current(ctx)
+	if err != nil && !uncertain(err) { // the tag is there, whatever the listing said
+		return fault.New(fault.Unavailable, "tag %s was created, and whether that counts is unknown: %w", t.Name, err)
+	}
+	return err
 }
 
 // uncertain says whether a failed CreateTag may have happened all the same.
@@ -202,16 +206,33 @@ func (d *domain) apply(img *image, rec record, slab string, rev revision) {
 	if rec.Strong {
 		img.op = nil
 	}
-	if rec.Name != "" {
-		key := rec.space() + "/" + rec.Name
-		switch {
-		case !rec.dead():
-			d.names[key] = img.id
-		case d.names[key] == img.id:
+	d.setName(img)
+	d.setPromise(img)
+}
+
+// setName makes a name lead to its undeleted incarnation. There can be two after
+// an intent with an unknown outcome: what is strong, then what is younger, has the
+// name, and the other one is swept. The caller holds d.mu.
+func (d *domain) setName(img *image) {
+	if img.rec.Name == "" {
+		return
+	}
+	key := img.rec.space() + "/" + img.rec.Name
+	holder := d.images[d.names[key]]
+	switch {
+	case img.rec.dead():
+		if holder == img {
 			delete(d.names, key)
 		}
+	case holder == nil, holder == img:
+		d.names[key] = img.id
+	case img.rec.Strong != holder.rec.Strong:
+		if img.rec.Strong {
+			d.names[key] = img.id
+		}
+	case born(img.id) > born(holder.id):
+		d.names[key] = img.id
 	}
-	d.setPromise(img)
 }
 
 // setPromise accounts for the bytes that an image may come to need. The

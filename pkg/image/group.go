@@ -73,6 +73,11 @@ func (m *Manager) createGroup(ctx context.Context, op *operation, r GroupRequest
 	}
 	if err := m.cutGroup(ctx, op, g, members); err != nil {
 		if err = d.abandon(ctx, g, err); err != nil {
+			if rec, _ := g.snapshot(); !rec.dead() {
+				// Its seal may yet turn out to have happened: the collector finds out.
+				d.release(members)
+				return Group{}, err
+			}
 			for _, c := range members {
 				if c.img != nil {
 					d.sweepLater(ctx, c.img)
@@ -81,12 +86,19 @@ func (m *Manager) createGroup(ctx context.Context, op *operation, r GroupRequest
 			return Group{}, err
 		}
 	}
-	d.mu.Lock()
-	for _, c := range members {
-		c.img.op = nil
-	}
-	d.mu.Unlock()
+	d.release(members)
 	return m.groupView(g), nil
+}
+
+// release ends the work on a group's members: from now on the group's record decides.
+func (d *domain) release(members []*cutting) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, c := range members {
+		if c.img != nil {
+			c.img.op = nil
+		}
+	}
 }
 
 // cutGroup writes the members' intents, quiesces all, cuts all, and seals the group.

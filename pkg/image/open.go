@@ -185,9 +185,7 @@ func (d *domain) enter(id string, revs []found, now time.Time) {
 		if rec, lower := decode(r.tag); lower == nil && !rec.dead() {
 			img.rec, img.slab = rec, r.tag.Slab
 			img.rec.Strong = true
-			if rec.Name != "" {
-				d.names[rec.space()+"/"+rec.Name] = id
-			}
+			d.setName(img)
 			break
 		}
 	}

@@ -95,6 +95,13 @@ func incarnation(space, name string, r revision) string {
 	return hex.EncodeToString(sum[:10]) + "-" + strconv.FormatUint(uint64(r), 16)
 }
 
+// born is the revision of the intent that an incarnation came from.
+func born(id string) revision {
+	_, rev, _ := strings.Cut(id, "-")
+	n, _ := strconv.ParseUint(rev, 16, 64) // 0 for an ID that Quarry did not make
+	return revision(n)
+}
+
 // What a weak record is about.
 const (
 	opCreate   = "create"   // a volume is being made

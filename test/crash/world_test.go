@@ -1,0 +1,427 @@
+package crash_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/engines/dir"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/host/hosttest"
+	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/mover"
+)
+
+const (
+	kib = 1 << 10
+	mib = 1 << 20
+)
+
+// long says whether every point is to be tried.
+func long() bool { return os.Getenv("QUARRY_CRASH") == "long" }
+
+func TestMain(m *testing.M) {
+	klog.SetOutput(io.Discard) // thousands of expected failures
+	klog.LogToStderr(false)
+	os.Exit(m.Run())
+}
+
+// clock is a clock that tests turn.
+type clock struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func (c *clock) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *clock) turn(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(d)
+}
+
+// nodes are fake nodes on which nothing is ever staged.
+type nodes struct{}
+
+func (nodes) Agent(node string) (image.Agent, error) {
+	if node != "n1" && node != "n2" {
+		return nil, fault.New(fault.NotFound, "there is no node %s", node)
+	}
+	return nodes{}, nil
+}
+
+func (nodes) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
+	return image.NotStaged, nil
+}
+func (nodes) Thaw(context.Context, image.Handle) error           { return nil }
+func (nodes) Staged(context.Context, image.Handle) (bool, error) { return false, nil }
+
+// storage is where domains are made, and how they are opened.
+type storage struct {
+	name    string
+	root    string
+	minimal bool // without any capability
+}
+
+// storages are the two that differ most: everything native, and everything by
+// default.
+func storages(t *testing.T) []storage {
+	t.Setenv("TMPDIR", shm(t))
+	return []storage{
+		{name: "minimal on tmpfs", root: t.TempDir(), minimal: true},
+		{name: "native on XFS", root: hosttest.Filesystem(t, "xfs", 1<<30)},
+	}
+}
+
+// shm is a folder in memory, where a flush costs nothing.
+func shm(t *testing.T) string {
+	dir, err := os.MkdirTemp("/dev/shm", "quarry-crash-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
+// resumes counts the copies that began in the middle.
+type resumes struct {
+	image.Mover
+	mu    sync.Mutex
+	count int
+}
+
+func (r *resumes) CopyBlock(ctx context.Context, src, dst string, o image.BlockCopy) error {
+	if o.From > 0 {
+		r.mu.Lock()
+		r.count++
+		r.mu.Unlock()
+	}
+	return r.Mover.CopyBlock(ctx, src, dst, o)
+}
+
+func (r *resumes) n() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.count
+}
+
+// process is one life of a manager.
+type process struct {
+	*image.Manager
+	control *control
+}
+
+// world is a set of domain directories, the process that runs on them, and what
+// it has acknowledged.
+type world struct {
+	t      testing.TB
+	ctx    context.Context
+	kind   storage
+	layout image.Layout
+	dirs   map[string]string // domain: directory
+	clock  *clock
+	mover  *resumes
+	torn   bool
+	story  string // for failures: what was done to this world
+	process
+}
+
+var worlds struct {
+	mu sync.Mutex
+	n  int
+}
+
+func newWorld(t testing.TB, s storage, layout image.Layout) *world {
+	worlds.mu.Lock()
+	worlds.n++
+	n := worlds.n
+	worlds.mu.Unlock()
+	w := &world{t: t, ctx: t.Context(), kind: s, layout: layout, dirs: map[string]string{},
+		clock: &clock{now: time.UnixMilli(1_700_000_000_000)},
+		mover: &resumes{Mover: mover.New(mover.Options{Workers: 2, Buffer: 32 * kib, CheckpointEvery: 64 * kib})}}
+	for _, d := range []string{"a", "b"} {
+		w.dirs[d] = filepath.Join(s.root, fmt.Sprintf("w%d-%s", n, d))
+		w.must(os.MkdirAll(w.dirs[d], 0o755))
+	}
+	w.start()
+	t.Cleanup(func() { _ = w.Close() }) // also when the test fails
+	return w
+}
+
+// end closes the world and removes its directories.
+func (w *world) end() {
+	w.must(w.Close())
+	for _, d := range w.dirs {
+		w.must(os.RemoveAll(d))
+	}
+}
+
+func (w *world) fatalf(format string, args ...any) {
+	w.t.Helper()
+	w.t.Fatalf("%s: %s", w.story, fmt.Sprintf(format, args...))
+}
+
+func (w *world) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.fatalf("%v", err)
+	}
+}
+
+// launch opens a manager over the directories without giving up the present one.
+func (w *world) launch() process {
+	w.t.Helper()
+	p, err := w.tryLaunch(&control{})
+	w.must(err)
+	return p
+}
+
+func (w *world) tryLaunch(c *control) (process, error) {
+	p := process{control: c}
+	p.Manager = image.New(image.Config{Installation: "test", Agents: nodes{}, Mover: w.mover, Now: w.clock.Now, CollectEvery: -1})
+	for _, name := range []string{"a", "b"} {
+		e, err := dir.Open(w.ctx, map[string]string{"path": w.dirs[name]}, host.Exec{})
+		w.must(err)
+		if w.kind.minimal {
+			e = engine.Minimal(e)
+		}
+		f := newFaulty(e, p.control)
+		f.torn = w.torn
+		if _, err := p.AddDomain(w.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: image.ScopeShared, Overcommit: 1000}, f); err != nil {
+			return p, errors.Join(err, f.Close(), p.Close())
+		}
+	}
+	return p, nil
+}
+
+func (w *world) start() { w.t.Helper(); w.process = w.launch() }
+
+// restart abandons the process, dead or alive, and starts another.
+func (w *world) restart() {
+	w.t.Helper()
+	_ = w.Close()
+	w.start()
+}
+
+// piece of content at an offset of a block image.
+var offsets = []int64{4 * kib, 300 * kib, 900 * kib}
+
+const pieceSize = 96 * kib
+
+// content of an image by seed; seed 0 is empty.
+func content(seed uint64, i int) []byte {
+	b := make([]byte, pieceSize)
+	rnd := rand.New(rand.NewPCG(seed, uint64(i)))
+	for j := 0; j < len(b); j += 8 {
+		v := rnd.Uint64()
+		for k := range 8 {
+			b[j+k] = byte(v >> (8 * k))
+		}
+	}
+	return b
+}
+
+func (w *world) path(p process, img image.Image) string {
+	w.t.Helper()
+	path := filepath.Join(w.dirs[img.Handle.Domain], "slabs", img.Slab)
+	if img.Layout == image.LayoutDirectory {
+		path = filepath.Join(path, "data")
+	}
+	return path
+}
+
+// write replaces an image's content.
+func (w *world) write(img image.Image, seed uint64) {
+	w.t.Helper()
+	path := w.path(w.process, img)
+	if img.Layout == image.LayoutDirectory {
+		w.must(os.MkdirAll(filepath.Join(path, "folder"), 0o755))
+		w.must(os.WriteFile(filepath.Join(path, "first"), content(seed, 0), 0o640))
+		w.must(os.WriteFile(filepath.Join(path, "folder", "second"), content(seed, 1), 0o600))
+		return
+	}
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	w.must(err)
+	for i, off := range offsets {
+		_, err := f.WriteAt(content(seed, i), off)
+		w.must(err)
+	}
+	w.must(f.Close())
+}
+
+// holds says how an image differs from a seed's content.
+func (w *world) holds(img image.Image, seed uint64) error {
+	path := w.path(w.process, img)
+	if img.Layout == image.LayoutDirectory {
+		for i, name := range []string{"first", "folder/second"} {
+			got, err := os.ReadFile(filepath.Join(path, name))
+			switch {
+			case seed == 0 && errors.Is(err, os.ErrNotExist):
+			case seed == 0:
+				return fmt.Errorf("%s is not empty (%v)", img.Handle, err)
+			case err != nil:
+				return err
+			case !bytes.Equal(got, content(seed, i)):
+				return fmt.Errorf("%s: %s does not hold content %d", img.Handle, name, seed)
+			}
+		}
+		return nil
+	}
+	got, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if int64(len(got)) < img.Size {
+		return fmt.Errorf("%s has %d bytes, recorded are %d", img.Handle, len(got), img.Size)
+	}
+	want := make([]byte, len(got))
+	if seed != 0 {
+		for i, off := range offsets {
+			copy(want[off:], content(seed, i))
+		}
+	}
+	if !bytes.Equal(got, want) {
+		return fmt.Errorf("%s does not hold content %d", img.Handle, seed)
+	}
+	return nil
+}
+
+func (w *world) access() []image.Access {
+	if w.layout == image.LayoutDirectory {
+		return []image.Access{{Mode: image.SingleNodeWriter}}
+	}
+	return []image.Access{{Mode: image.SingleNodeWriter, Block: true}}
+}
+
+func (w *world) createIn(p process, name, domain string, src image.Image, size int64) (image.Image, error) {
+	r := image.CreateRequest{Name: name, Domains: []string{domain}, Layout: w.layout, Accesses: w.access(), Size: size,
+		Described: image.Described{Namespace: "default", Claim: name}}
+	if src.Slab != "" {
+		r.Source, r.SourceMutable = src.Handle.String(), src.Mutable
+	}
+	return p.CreateVolume(w.ctx, r)
+}
+
+func (w *world) create(name, domain string, src image.Image, size int64) (image.Image, error) {
+	return w.createIn(w.process, name, domain, src, size)
+}
+
+func (w *world) snap(name string, of image.Image) (image.Image, error) {
+	return w.CreateSnapshot(w.ctx, image.SnapshotRequest{Name: name, Source: of.Handle, Described: image.Described{Namespace: "default", Claim: name}})
+}
+
+// list is every visible image.
+func (w *world) list(p process) []image.Image {
+	w.t.Helper()
+	var out []image.Image
+	for _, mutable := range []bool{true, false} {
+		l, more, err := p.List(w.ctx, mutable, "", 0)
+		w.must(err)
+		if more {
+			w.fatalf("an unlimited list has more")
+		}
+		out = append(out, l...)
+	}
+	return out
+}
+
+// collect lets everything that is due be removed, however long it takes.
+func (w *world) collect() error {
+	for range 6 {
+		if err := w.Collect(w.ctx); err != nil {
+			return err
+		}
+		w.clock.turn(11 * time.Minute)
+	}
+	return nil
+}
+
+// onDisk are the slabs, or the tags without those of epochs.
+func (w *world) onDisk(domain, kind string) []string {
+	w.t.Helper()
+	var out []string
+	if kind == "slabs" {
+		entries, err := os.ReadDir(filepath.Join(w.dirs[domain], kind))
+		w.must(err)
+		for _, e := range entries {
+			out = append(out, e.Name())
+		}
+		return out
+	}
+	root := filepath.Join(w.dirs[domain], "tags")
+	w.must(filepath.Walk(root, func(p string, st os.FileInfo, err error) error {
+		if err == nil && !st.IsDir() && !strings.HasPrefix(st.Name(), "e.") && !strings.HasPrefix(st.Name(), "o.") && st.Name() != "n.id" {
+			out = append(out, st.Name())
+		}
+		return err
+	}))
+	return out
+}
+
+// noLeaks checks, after a full collection, that there are exactly one slab and
+// one record for each visible image.
+func (w *world) noLeaks(groups int) {
+	w.t.Helper()
+	images := w.list(w.process)
+	for _, d := range []string{"a", "b"} {
+		var slabs []string
+		tags := 0
+		for _, img := range images {
+			if img.Handle.Domain == d {
+				slabs = append(slabs, img.Slab)
+				tags++
+			}
+		}
+		if d == "a" {
+			tags += groups
+		}
+		slices.Sort(slabs)
+		have := w.onDisk(d, "slabs")
+		if !slices.Equal(have, slabs) {
+			w.fatalf("slabs in %s: %v, the images have %v", d, have, slabs)
+		}
+		records := slices.DeleteFunc(w.onDisk(d, "tags"), func(s string) bool {
+			id, described := strings.CutPrefix(s, "d.")
+			return described && slices.ContainsFunc(images, func(i image.Image) bool { return i.Handle.Image == id })
+		})
+		if len(records) != tags {
+			w.fatalf("tags in %s: %v, for %d images and groups", d, records, tags)
+		}
+	}
+}
+
+// empty deletes everything, collects, and checks that nothing is left.
+func (w *world) empty(groups ...image.Handle) {
+	w.t.Helper()
+	for _, g := range groups {
+		w.must(w.DeleteGroup(w.ctx, g))
+	}
+	for _, img := range w.list(w.process) {
+		if img.Mutable {
+			w.must(w.Detach(w.ctx, img.Handle, ""))
+			w.must(w.DeleteVolume(w.ctx, img.Handle))
+		} else {
+			w.must(w.DeleteSnapshot(w.ctx, img.Handle))
+		}
+	}
+	w.must(w.collect())
+	w.noLeaks(0)
+}
