@@ -102,14 +102,17 @@ func (f files) Describe(context.Context) (engine.Description, error) {
 	return engine.Description{}, nil
 }
 
+func newManager() *manager {
+	return &manager{images: map[image.Handle]image.Staging{}, unstaged: map[image.Handle]int{}, formatted: map[image.Handle]int{}}
+}
+
 func newWorld(t *testing.T) *world {
 	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root for loop devices and mounts")
 	}
 	dir := t.TempDir()
-	w := &world{t: t, dir: dir, domain: strings.ToLower(filepath.Base(filepath.Dir(dir))), manager: &manager{
-		images: map[image.Handle]image.Staging{}, unstaged: map[image.Handle]int{}, formatted: map[image.Handle]int{}}}
+	w := &world{t: t, dir: dir, domain: strings.ToLower(filepath.Base(filepath.Dir(dir))), manager: newManager()}
 	w.restart()
 	t.Cleanup(w.cleanUp)
 	return w

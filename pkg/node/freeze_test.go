@@ -2,7 +2,6 @@ package node
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"os"
 	"os/exec"
@@ -17,25 +16,6 @@ import (
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
-
-// freezePoint makes this test binary a process that freezes and waits.
-const freezePoint, freezeLimit = "QUARRY_TEST_FREEZE", "QUARRY_TEST_LIMIT"
-
-func TestMain(m *testing.M) {
-	if point := os.Getenv(freezePoint); point != "" {
-		limit, err := time.ParseDuration(os.Getenv(freezeLimit))
-		if err == nil {
-			_, err = host.NewLocal(host.Exec{}).Freeze(context.Background(), point, limit)
-		}
-		if err != nil {
-			println(err.Error())
-			os.Exit(1)
-		}
-		os.Stdout.WriteString("frozen\n")
-		select {}
-	}
-	os.Exit(m.Run())
-}
 
 // thawed waits until a write into a frozen filesystem comes through.
 func thawed(t *testing.T, dir string) {

@@ -498,6 +498,20 @@ func TestLeftOversOfAKilledAgent(t *testing.T) {
 	w.unstage(h)
 	attach()
 	w.unstage(h)
+	// Killed between a directory's anchor and its bind mount.
+	w.ok(os.Mkdir(w.path("tree"), 0o755))
+	tree := w.handle("tree")
+	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []string{"tree"}})
+	for _, again := range []bool{true, false} {
+		w.ok(w.node.host.MountFilesystem(bg, anchorPrefix+tree.String(), w.staging(tree), "tmpfs", []string{"ro", "size=4k", "nr_inodes=2"}))
+		w.restart()
+		if again {
+			w.stage(tree, "")
+			w.write(filepath.Join(w.staging(tree), "f"), "x")
+			w.reads(w.path("tree/f"), "x")
+		}
+		w.unstage(tree)
+	}
 	// The manager is gone or has forgotten the image: what is mounted comes down.
 	w.stage(h, host.Ext4)
 	w.restart()
@@ -565,4 +579,56 @@ func TestGroupGetsTheFiles(t *testing.T) {
 			t.Fatalf("%q: group %d, mode %s", p, fi.GID, fi.Mode)
 		}
 	}
+}
+
+func TestKubeletFolderMayBeALink(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	link := filepath.Join(t.TempDir(), "kubelet")
+	w.ok(os.Symlink(w.dir, link))
+	w.node.cfg.KubeletDir = link
+	staging, target := filepath.Join(link, "s"), filepath.Join(link, "pods/1/mount")
+	for range 2 {
+		w.ok(w.node.Stage(bg, StageRequest{Handle: h, StagingPath: staging, Access: image.Access{Mode: image.SingleNodeMultiWriter}}))
+		w.ok(w.node.Publish(bg, PublishRequest{Handle: h, StagingPath: staging, TargetPath: target, Access: image.Access{Mode: image.SingleNodeMultiWriter}}))
+	}
+	if at, err := w.node.host.MountsAt(w.path("pods/1/mount")); err != nil || len(at) != 1 {
+		t.Fatalf("mounts: %v %v", at, err)
+	}
+	w.ok(w.node.Unpublish(bg, h, target))
+	w.ok(w.node.Unstage(bg, h, staging))
+}
+
+func TestAVolumeInUseIsNotTornDown(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	w.stage(h, host.Ext4)
+	w.ok(w.node.Publish(bg, w.publication(h, "target")))
+	f, err := os.Create(w.path("target/open"))
+	w.ok(err)
+	w.fails(w.node.Unpublish(bg, h, w.path("target")), fault.InUse, w.path("target"))
+	w.ok(f.Close())
+	w.ok(w.node.Unpublish(bg, h, w.path("target")))
+	other := w.request(h, host.Ext4)
+	other.StagingPath = w.path("elsewhere")
+	w.fails(w.node.Stage(bg, other), fault.Exists, w.staging(h))
+	xfs := w.request(h, host.XFS)
+	w.fails(w.node.Stage(bg, xfs), fault.Invalid, "xfs", "ext4")
+}
+
+func TestWaitingCallersLearnThatWorkGoesOn(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	unlock, err := w.node.lock(bg, h)
+	w.ok(err)
+	ctx, cancel := context.WithCancel(bg)
+	cancel()
+	_, err = w.node.lock(ctx, h)
+	w.fails(err, fault.Pending, "still running")
+	_, err = w.node.Freeze(bg, h, time.Minute)
+	w.fails(err, fault.Pending)
+	other := w.volume("other", 16<<20)
+	w.stage(other, "") // does not wait
+	unlock()
+	w.stage(h, "")
 }

@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"os"
 	"slices"
 	"time"
 
@@ -60,12 +61,11 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		return err
 	}
 	defer unlock()
-	ctx = context.WithoutCancel(ctx)
-
 	st, err := n.cfg.Manager.Stage(ctx, r.Handle, n.cfg.NodeID, r.Generation)
 	if err != nil {
 		return err
 	}
+	ctx = context.WithoutCancel(ctx) // a format or a check that is cut short would begin again for ever
 	if err := fits(r, st); err != nil {
 		return err
 	}
@@ -160,6 +160,9 @@ func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOn
 	if anchor == nil {
 		if err := n.free(r.StagingPath); err != nil {
 			return err
+		}
+		if err := os.MkdirAll(r.StagingPath, 0o750); err != nil {
+			return fault.New(fault.Unavailable, "staging path %q: %w", r.StagingPath, err)
 		}
 		if err := n.host.MountFilesystem(ctx, anchorPrefix+r.Handle.String(), r.StagingPath, "tmpfs", []string{"ro", "size=4k", "nr_inodes=2", "mode=700"}); err != nil {
 			return err
