@@ -169,7 +169,12 @@ type hook struct{ e *dirEngine }
 func (h hook) Create(wrapper *os.File, size int64) error {
 	create := posix.MakeData
 	if h.e.subvolume {
-		create = func(wrapper *os.File) error { return createSubvolume(wrapper, "data") }
+		create = func(wrapper *os.File) error {
+			if err := createSubvolume(wrapper, "data"); err != nil {
+				return err
+			}
+			return posix.InitData(wrapper)
+		}
 	}
 	if err := create(wrapper); err != nil {
 		return err

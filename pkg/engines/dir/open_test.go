@@ -208,6 +208,27 @@ func TestTreesThatCannotBeSnapshotWholeAreDeclined(t *testing.T) {
 	}
 }
 
+// TestNewTreesIgnoreTheUmask of the process.
+func TestNewTreesIgnoreTheUmask(t *testing.T) {
+	for _, fstype := range []string{"ext4", "btrfs"} {
+		t.Run(fstype, func(t *testing.T) {
+			e := opener(newDirectory(t, hosttest.Filesystem(t, fstype, 16<<20)))(t)
+			defer func() { ok(t, e.Close()) }()
+			old := unix.Umask(0o077)
+			err := e.CreateSlab(t.Context(), engine.SlabSpec{ID: "a", Kind: engine.Tree, Size: 1 << 20})
+			unix.Umask(old)
+			ok(t, err)
+			a, err := e.AttachSlab(t.Context(), "a", engine.AttachOptions{})
+			ok(t, err)
+			info, err := os.Stat(a.Path)
+			ok(t, err)
+			if info.Mode().Perm() != 0o755 {
+				t.Errorf("mode %v, want 0755", info.Mode())
+			}
+		})
+	}
+}
+
 func declined(t *testing.T, e *dirEngine, source string, spec engine.SlabSpec) {
 	t.Helper()
 	if err := e.SnapshotSlab(context.Background(), source, spec); !errors.Is(err, engine.ErrDeclined) {

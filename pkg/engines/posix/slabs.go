@@ -377,7 +377,12 @@ func MakeData(wrapper *os.File) error {
 	if err := unix.Mkdirat(int(wrapper.Fd()), "data", 0o755); err != nil {
 		return &os.PathError{Op: "mkdir", Path: filepath.Join(wrapper.Name(), "data"), Err: err}
 	}
-	return OpenData(wrapper, func(data *os.File) error { return errors.Join(data.Chmod(0o755), data.Sync()) }) // whatever the umask
+	return InitData(wrapper)
+}
+
+// InitData gives a new data directory its mode, whatever the umask, durably.
+func InitData(wrapper *os.File) error {
+	return OpenData(wrapper, func(data *os.File) error { return errors.Join(data.Chmod(0o755), data.Sync()) })
 }
 
 // OpenData opens the data directory in a tree slab's folder for do.

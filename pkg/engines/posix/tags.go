@@ -160,7 +160,11 @@ func (d *Directory) class(name string, create bool) (*os.File, error) {
 		}
 		d.classes.Store(class, nil)
 	}
-	return openat(d.tags, class, unix.O_RDONLY|unix.O_DIRECTORY)
+	f, err := openat(d.tags, class, unix.O_RDONLY|unix.O_DIRECTORY)
+	if errors.Is(err, fs.ErrNotExist) {
+		d.classes.Delete(class) // removed from outside: the next creation makes it again
+	}
+	return f, err
 }
 
 // tagBuffer is larger than any tag's file: a longer one is not what was written.
