@@ -1,11 +1,13 @@
 package csi
 
 import (
+	"context"
 	"fmt"
 	"reflect"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -383,6 +385,30 @@ func TestHealth(t *testing.T) {
 		st.BackendHealth[1].Status != csi.StorageHealthErrorType_STORAGE_UNREACHABLE || st.BackendHealth[1].Message != "domain a: gone; domain b: read-only" {
 		t.Errorf("%v, %v", st, err)
 	}
+}
+
+// The fake clock stands for the seconds that a dead server would cost.
+func TestADeadServerHoldsNobodyUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, m, n := world(t)
+		m.dead = make(chan struct{})
+		defer close(m.dead)
+		n.conditions = []node.Condition{{Status: node.StorageDegraded, Reason: "CallsHang"}}
+		r, err := s.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
+		if err != nil || len(r.BackendHealth) != 2 || r.BackendHealth[1].Status != csi.StorageHealthErrorType_STORAGE_UNREACHABLE {
+			t.Errorf("%v, %v", r, err)
+		}
+		c, err := s.ControllerGetCapabilities(ctx, &csi.ControllerGetCapabilitiesRequest{})
+		if err != nil || len(c.Capabilities) < 16 {
+			t.Errorf("%v, %v", c, err)
+		}
+		_, err = s.GetCapacity(ctx, &csi.GetCapacityRequest{})
+		wantKind(t, "capacity", err, fault.Unavailable)
+		gone, cancel := context.WithCancel(ctx)
+		cancel()
+		_, err = s.GetCapacity(gone, &csi.GetCapacityRequest{})
+		wantKind(t, "a caller that gave up", err, fault.Canceled)
+	})
 }
 
 func TestNodePathsAreVerified(t *testing.T) {

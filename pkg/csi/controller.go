@@ -197,7 +197,10 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 	if err != nil {
 		return nil, err
 	}
-	domains, none := s.suitable(ctx, c, kind)
+	domains, none, err := s.suitable(ctx, c, kind)
+	if err != nil {
+		return nil, err
+	}
 	if none {
 		return &csi.GetCapacityResponse{}, nil
 	}
@@ -217,10 +220,14 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 
 // suitable narrows a class's domains to those that can hold its volumes; nil
 // means every domain, none that there is not one.
-func (s *Server) suitable(ctx context.Context, c class, kind engine.Kind) (domains []string, none bool) {
+func (s *Server) suitable(ctx context.Context, c class, kind engine.Kind) (domains []string, none bool, err error) {
+	infos, err := s.domains(ctx)
+	if err != nil {
+		return nil, false, err
+	}
 	narrowed := false
 	known := map[string]bool{}
-	for _, d := range s.cfg.Manager.Domains(ctx) {
+	for _, d := range infos {
 		for _, n := range append([]string{d.ID, d.Config.Name}, d.Config.Aliases...) {
 			known[n] = true
 		}
@@ -239,13 +246,13 @@ func (s *Server) suitable(ctx context.Context, c class, kind engine.Kind) (domai
 	}
 	for _, n := range c.domains { // an unknown name is the Image Manager's to refuse
 		if !known[n] {
-			return c.domains, false
+			return c.domains, false, nil
 		}
 	}
 	if !narrowed {
-		return c.domains, false
+		return c.domains, false, nil
 	}
-	return domains, len(domains) == 0
+	return domains, len(domains) == 0, nil
 }
 
 // ControllerGetCapabilities lists what every domain gives. The Image Manager
@@ -283,10 +290,11 @@ func (s *Server) ControllerGetCapabilities(ctx context.Context, _ *csi.Controlle
 }
 
 // somewhere says whether at least one domain has a capability, natively or by
-// its default. Without any domain, and for one that is not open, the default counts.
+// its default. Without any domain, and for one that is not open or does not
+// answer, the default counts.
 func (s *Server) somewhere(ctx context.Context, c engine.Capability) bool {
-	domains := s.cfg.Manager.Domains(ctx)
-	return len(domains) == 0 || slices.ContainsFunc(domains, func(d image.DomainInfo) bool {
+	domains, err := s.domains(ctx)
+	return err != nil || len(domains) == 0 || slices.ContainsFunc(domains, func(d image.DomainInfo) bool {
 		return !d.Config.NativeOnly || !d.Open || slices.Contains(d.Capabilities, c)
 	})
 }
@@ -342,7 +350,14 @@ func (s *Server) validate(ctx context.Context, img image.Image, as []image.Acces
 	if c.layout != "" && c.layout != img.Layout {
 		return fault.New(fault.Invalid, "parameter %s=%q: the volume has layout %q", paramLayout, c.layout, img.Layout)
 	}
-	for _, d := range s.cfg.Manager.Domains(ctx) {
+	if len(c.domains) == 0 {
+		return nil
+	}
+	domains, err := s.domains(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range domains {
 		if d.ID == img.Handle.Domain && !c.places(d) {
 			return fault.New(fault.Invalid, "the volume is on domain %q, the parameters say %s", d.ID, strings.Join(c.domains, ", "))
 		}

@@ -18,8 +18,9 @@ type fakeManager struct {
 	images   map[image.Handle]image.Image
 	groups   map[image.Handle]image.Group
 	domains  []image.DomainInfo
-	node     string // that the domain belongs to
-	fail     error  // of every call
+	node     string        // that the domain belongs to
+	fail     error         // of every call
+	dead     chan struct{} // until it is closed, a domain does not answer
 	created  []image.CreateRequest
 	snapped  []image.SnapshotRequest
 	grouped  []image.GroupRequest
@@ -132,7 +133,12 @@ func (f *fakeManager) Capacity(context.Context, []string, string) (int64, int64,
 
 func (f *fakeManager) Topology(string) (string, error) { return f.node, nil }
 
-func (f *fakeManager) Domains(context.Context) []image.DomainInfo { return f.domains }
+func (f *fakeManager) Domains(context.Context) []image.DomainInfo {
+	if f.dead != nil {
+		<-f.dead
+	}
+	return f.domains
+}
 
 // fakeNode remembers what it was asked.
 type fakeNode struct {

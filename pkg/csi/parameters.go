@@ -183,7 +183,11 @@ func (s *Server) checkEngineParams(ctx context.Context, c class) error {
 		return nil
 	}
 	known := []string{paramDomain, paramDomains, paramLayout, paramRequireNative, paramRestorePlacement, paramChainLimit, paramQuiesceLimit}
-	for _, d := range s.cfg.Manager.Domains(ctx) {
+	domains, err := s.domains(ctx)
+	if err != nil {
+		return err
+	}
+	for _, d := range domains {
 		if !c.places(d) {
 			continue
 		}

@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"go.opentelemetry.io/contrib/instrumentation/google.golang.org/grpc/otelgrpc"
 	"go.opentelemetry.io/otel/trace"
+	"golang.org/x/sync/singleflight"
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
@@ -37,6 +38,9 @@ const (
 	// shutdownGrace is how long running calls may take to end after a stop is
 	// asked for: less than the 30 s that Kubernetes gives a pod.
 	shutdownGrace = 20 * time.Second
+	// domainsLimit is how long a domain may take to be measured; health must be
+	// told while a server is dead, and sidecars ask with a limit of about 10 s.
+	domainsLimit = 5 * time.Second
 )
 
 // Manager is what the services use of image.Manager.
@@ -87,6 +91,9 @@ type Config struct {
 type Server struct {
 	cfg   Config
 	calls *prometheus.HistogramVec // nil without Config.Metrics
+	// asking makes one question of all that are asked about the domains at a
+	// time: while a storage does not answer, at most one waits for it.
+	asking singleflight.Group
 
 	csi.UnimplementedIdentityServer
 	csi.UnimplementedControllerServer
@@ -121,6 +128,24 @@ func New(cfg Config) (*Server, error) {
 		}
 	}
 	return s, nil
+}
+
+// domains asks the Image Manager about its domains, which measures them, but
+// never waits long for a dead server: fault.Unavailable then.
+func (s *Server) domains(ctx context.Context) ([]image.DomainInfo, error) {
+	answer := s.asking.DoChan("", func() (any, error) {
+		return s.cfg.Manager.Domains(context.WithoutCancel(ctx)), nil
+	})
+	limit := time.NewTimer(domainsLimit)
+	defer limit.Stop()
+	select {
+	case r := <-answer:
+		return r.Val.([]image.DomainInfo), r.Err
+	case <-limit.C:
+		return nil, fault.New(fault.Unavailable, "the storage of a domain does not answer within %s", domainsLimit)
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // label is the alphabet of a topology segment (CSI) and of a label's value (Kubernetes).
