@@ -245,7 +245,9 @@ func Serve(ctx context.Context, l net.Listener, h http.Handler, grace time.Durat
 	if err != nil {
 		err = errors.Join(err, srv.Close())
 	}
-	<-ended
+	if served := <-ended; !errors.Is(served, http.ErrServerClosed) {
+		err = errors.Join(err, served)
+	}
 	if errors.Is(err, context.DeadlineExceeded) {
 		return fault.New(fault.Deadline, "requests on %s were still being answered after %s", l.Addr(), grace)
 	}
