@@ -37,11 +37,11 @@ demo: build ## show every volume operation on ext4 and XFS, step by step; needs 
 	hack/deps demo
 	go run ./test/demo -bin bin
 
-sanity: build ## run csi-sanity, nothing skipped, on every engine and file system; needs root
+sanity: ## run csi-sanity, nothing skipped, on every engine and file system; needs root
 	hack/deps test
-	go test -count=1 -timeout 60m ./test/sanity/...
+	go test -count=1 -v -timeout 60m ./test/sanity/...
 
-crash: build ## run the crash matrix, the random model test and kill -9 under load; needs root
+crash: ## run the crash matrix, the random model test and kill -9 under load; needs root
 	hack/deps test
 	QUARRY_CRASH=long go test -count=1 -timeout 120m ./test/crash/...
 

@@ -88,7 +88,7 @@ func startQuarry(ctx context.Context, bin, dir string, places []*place) (_ *quar
 	endpoint := "unix://" + filepath.Join(dir, "csi.sock")
 	q.cmd = exec.Command(filepath.Join(bin, "quarry"), "standalone",
 		"--domains", file, "--endpoint", endpoint, "--admin-endpoint", q.admin,
-		"--node-id", nodeName, "--kubelet-dir", q.kubelet)
+		"--node-id", nodeName, "--kubelet-dir", q.kubelet, "--installation", "demo")
 	q.cmd.Stdout, q.cmd.Stderr = log, log
 	// A group of its own: Ctrl-C reaches the demo alone, which takes volumes down first.
 	q.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
