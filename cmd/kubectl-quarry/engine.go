@@ -121,26 +121,23 @@ func (c *cli) engineCheck(ctx context.Context, name string, said, expect []strin
 	if err := r.describe(ctx, reg, params, where, scratch); err != nil {
 		return err
 	}
-	if len(expect) == 0 { // what vanishes between two openings is still a failure
-		for _, have := range r.Capabilities {
-			expect = append(expect, string(have))
-		}
-	}
-	args := append([]string{"engine", "run-suite", "--", name, scratch, strings.Join(expect, ",")}, said...)
+	// What vanishes between two openings is a failure too.
+	args := append([]string{"engine", "run-suite", "--", name, scratch, strings.Join(r.have(), ",")}, said...)
 	// The suite runs in a process of its own: it is made for Go's test runner,
 	// which ends its process, and an engine under test may do anything.
 	result, runErr := host.Exec{}.Run(ctx, host.Command{Name: "/proc/self/exe", Args: args, Timeout: suiteLimit})
-	r.Rules = parseReport(string(result.Stdout))
+	r.Rules = append(r.expected(expect), parseReport(string(result.Stdout))...)
 	failed := slices.DeleteFunc(slices.Clone(r.Rules), func(r rule) bool { return r.Result != "FAIL" })
 	var exit *host.ExitError
 	if runErr != nil && !errors.As(runErr, &exit) {
 		return runErr
 	}
-	if len(r.Rules) == 0 || runErr != nil && len(failed) == 0 {
-		return fault.New(fault.Internal, "the suite ended without a result: %w\n%s%s", runErr, result.Stdout, result.Stderr)
-	}
 	if err := c.print(r, func(w io.Writer, _ bool) error { return r.write(w) }); err != nil {
 		return err
+	}
+	// Go's test runner ends with 0 or 1; anything else is an end before the last rule.
+	if result.ExitCode > 1 || len(r.Rules) == 0 {
+		return fault.New(fault.Internal, "the suite broke off before its last rule: %v\n%s", runErr, result.Stderr)
 	}
 	if len(failed) > 0 {
 		return needsPerson{fmt.Sprintf("%d of %d rules are broken.", len(failed), len(r.Rules))}
@@ -161,6 +158,28 @@ func (r *report) describe(ctx context.Context, reg domain.Registry, params map[s
 	d, err := e.Describe(ctx)
 	r.Location, r.Notes, r.Capabilities = d.Location, d.Notes, engine.Discover(e).List()
 	return errors.Join(err, e.Close())
+}
+
+func (r *report) have() []string {
+	out := []string{}
+	for _, c := range r.Capabilities {
+		out = append(out, string(c))
+	}
+	slices.Sort(out)
+	return out
+}
+
+// expected compares the capabilities with what a person expects, if anything.
+func (r *report) expected(want []string) []rule {
+	if len(want) == 0 {
+		return nil
+	}
+	slices.Sort(want)
+	out := rule{Mode: "native", Rule: "CapabilitiesAsGiven", Result: "PASS", Took: "0.00s"}
+	if !slices.Equal(r.have(), want) {
+		out.Result, out.Said = "FAIL", []string{fmt.Sprintf("there are %v, expected were %v", r.have(), want)}
+	}
+	return []rule{out}
 }
 
 // openAt opens a domain with params, but in dir.
@@ -242,11 +261,7 @@ func (r report) write(w io.Writer) error {
 	fmt.Fprintf(w, "Engine %s on %s\n", r.Engine, r.Location)
 	caps := none
 	if len(r.Capabilities) > 0 {
-		names := make([]string, len(r.Capabilities))
-		for n, c := range r.Capabilities {
-			names[n] = string(c)
-		}
-		caps = strings.Join(names, ", ")
+		caps = strings.Join(r.have(), ", ")
 	}
 	fmt.Fprintf(w, "Native capabilities: %s\n", caps)
 	for _, n := range r.Notes {

@@ -325,7 +325,7 @@ SKIP: quota (native)
 func TestEngineCheckOfARealDirectory(t *testing.T) {
 	dir := t.TempDir()
 	var out, errOut bytes.Buffer
-	code := run(t.Context(), []string{"engine", "check", "dir", "--param", "path=" + dir, "--expect", "quota", "-o", "json"}, &out, &errOut)
+	code := run(t.Context(), []string{"engine", "check", "dir", "--param", "path=" + dir, "--expect", "fence", "-o", "json"}, &out, &errOut)
 	var r report
 	if err := json.Unmarshal(out.Bytes(), &r); err != nil {
 		t.Fatalf("status %d, %v, stderr %s", code, err, errOut.String())
@@ -334,11 +334,11 @@ func TestEngineCheckOfARealDirectory(t *testing.T) {
 		t.Errorf("status %d, %+v, stderr %s", code, r, errOut.String())
 	}
 	for _, x := range r.Rules {
-		unexpected := x.Mode == "native" && x.Rule == "CapabilitiesAreExactlyTheExpectedOnes"
+		unexpected := x.Mode == "native" && x.Rule == "CapabilitiesAsGiven"
 		if (x.Result == "FAIL") != unexpected {
 			t.Errorf("%+v", x)
 		}
-		if unexpected && !strings.Contains(strings.Join(x.Said, " "), "expected [quota]") {
+		if unexpected && !strings.Contains(strings.Join(x.Said, " "), "expected were [fence]") {
 			t.Errorf("the report does not say why: %+v", x)
 		}
 	}
