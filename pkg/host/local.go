@@ -169,3 +169,32 @@ func ioError(op, path string, err error) error {
 func (l *Local) Within(ctx context.Context, key string, limit time.Duration, f func() error) error {
 	return l.guard.Do(ctx, key, limit, f)
 }
+
+// Unclaimed waits until no program and no mount has a device for itself: one
+// that a killed predecessor had started may take a moment to end. fault.InUse:
+// somebody still had it after 10 s.
+func (l *Local) Unclaimed(ctx context.Context, device string) error {
+	tick := time.NewTicker(2 * time.Millisecond)
+	defer tick.Stop()
+	patience := time.NewTimer(quick)
+	defer patience.Stop()
+	for {
+		err := l.guard.Do(ctx, "claim "+device, quick, func() error {
+			f, err := os.OpenFile(device, os.O_RDONLY|unix.O_EXCL, 0)
+			if err != nil {
+				return ioError("claim", device, err)
+			}
+			return f.Close()
+		})
+		if !errors.Is(err, fault.InUse) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fault.New(fault.KindOf(ctx.Err()), "claim %s: %w", device, ctx.Err())
+		case <-patience.C:
+			return fault.New(fault.InUse, "%s is in use by another program, or mounted where this process cannot see it", device)
+		case <-tick.C:
+		}
+	}
+}

@@ -69,7 +69,7 @@ func (l *Local) AttachLoop(ctx context.Context, spec LoopSpec) (Loop, error) {
 		if err := largeEnough(f, spec.Size); err != nil {
 			return Loop{}, err
 		}
-		unlock, err := lockLoops(ctx, f)
+		unlock, err := lockLoops(ctx, spec.File, flags)
 		if err != nil {
 			return Loop{}, err
 		}
@@ -101,24 +101,24 @@ func largeEnough(f *os.File, size int64) error {
 }
 
 // lockLoops lets one process at a time attach a file. The lock is the file's
-// own; where the storage has no locks, it is that of all loop devices.
-func lockLoops(ctx context.Context, f *os.File) (func(), error) {
-	err := flock(ctx, f)
-	if err == nil {
-		return func() { _ = unix.Flock(int(f.Fd()), unix.LOCK_UN) }, nil
+// own; where the storage has no locks, it is that of all loop devices. It needs
+// an open file of its own: the one that a device is given lives on with the
+// device, and its lock would too when this process is killed.
+func lockLoops(ctx context.Context, file string, flags int) (unlock func(), err error) {
+	for _, path := range []string{file, "/dev/loop-control"} {
+		var f *os.File
+		if f, err = os.OpenFile(path, flags, 0); err != nil {
+			return nil, ioError("open", path, err)
+		}
+		if err = flock(ctx, f); err == nil {
+			return func() { f.Close() }, nil
+		}
+		f.Close()
+		if ctx.Err() != nil {
+			break
+		}
 	}
-	if errors.Is(err, fault.Canceled) || errors.Is(err, fault.Deadline) {
-		return nil, err
-	}
-	c, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
-	if err != nil {
-		return nil, loopError(err)
-	}
-	if err := flock(ctx, c); err != nil {
-		c.Close()
-		return nil, err
-	}
-	return func() { c.Close() }, nil
+	return nil, err
 }
 
 func flock(ctx context.Context, f *os.File) error {
@@ -227,8 +227,12 @@ func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec) (Loop, e
 		if err != nil {
 			return Loop{}, err
 		}
-		if taken {
-			continue // somebody else was faster
+		if taken { // somebody else was faster, or is still closing it
+			select {
+			case <-ctx.Done():
+			case <-time.After(time.Millisecond):
+			}
+			continue
 		}
 		return l.loop(ctx, n)
 	}

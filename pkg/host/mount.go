@@ -14,19 +14,88 @@ import (
 // mountTimeout is long because mounting may replay a large journal.
 const mountTimeout = 10 * time.Minute
 
-// MountFilesystem mounts a device (or, for types without one, a name) on a directory.
+// MountFilesystem mounts a device (or, for types without one, a name) on a
+// directory, with the options of mount(8) that are no commands. It is a system
+// call and no program: a program would go on when this process is killed, and
+// mount on top of what its successor has done.
 func (l *Local) MountFilesystem(ctx context.Context, source, target, fsType string, options []string) error {
-	args := []string{"-t", fsType}
-	if len(options) > 0 {
-		args = append(args, "-o", strings.Join(options, ","))
+	var flags uintptr
+	var data []string
+	for _, o := range options {
+		if set, clear, ok := mountFlag(o); ok {
+			flags = flags&^clear | set
+		} else {
+			data = append(data, o)
+		}
 	}
-	_, err := l.run.Run(ctx, Command{Name: "mount", Args: append(args, "--", source, target), Timeout: mountTimeout})
-	var exit *ExitError
-	if errors.As(err, &exit) {
-		return fault.New(fault.Unavailable, "mount %s (%s) on %s: %w", source, fsType, target, err)
-	}
-	return err
+	return l.guard.Do(ctx, "mount "+source+" on "+target, mountTimeout, func() error {
+		err := unix.Mount(source, target, fsType, flags, strings.Join(data, ","))
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, unix.ENODEV):
+			return fault.New(fault.Unsupported, "mount %s on %s: the kernel of this node has no %s", source, target, fsType)
+		case errors.Is(err, unix.EINVAL):
+			return fault.New(fault.Invalid, "mount %s (%s) on %s with options %q: %w: the kernel's log says which option, or what is damaged", source, fsType, target, options, err)
+		case errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.EBADMSG):
+			return fault.New(fault.Corrupt, "mount %s (%s) on %s: %w: the filesystem is damaged; the kernel's log says more", source, fsType, target, err)
+		}
+		return fault.New(fault.Unavailable, "mount %s (%s) on %s: %w: the kernel's log may say more", source, fsType, target, err)
+	})
 }
+
+// mountFlag translates an option that the kernel takes as a flag. ok is false
+// for one that is the filesystem's own.
+func mountFlag(o string) (set, clear uintptr, ok bool) {
+	switch o {
+	case "defaults":
+		return 0, 0, true
+	case "ro":
+		return unix.MS_RDONLY, 0, true
+	case "rw":
+		return 0, unix.MS_RDONLY, true
+	case "nosuid":
+		return unix.MS_NOSUID, 0, true
+	case "suid":
+		return 0, unix.MS_NOSUID, true
+	case "nodev":
+		return unix.MS_NODEV, 0, true
+	case "dev":
+		return 0, unix.MS_NODEV, true
+	case "noexec":
+		return unix.MS_NOEXEC, 0, true
+	case "exec":
+		return 0, unix.MS_NOEXEC, true
+	case "sync":
+		return unix.MS_SYNCHRONOUS, 0, true
+	case "async":
+		return 0, unix.MS_SYNCHRONOUS, true
+	case "dirsync":
+		return unix.MS_DIRSYNC, 0, true
+	case "noatime":
+		return unix.MS_NOATIME, 0, true
+	case "atime":
+		return 0, unix.MS_NOATIME, true
+	case "nodiratime":
+		return unix.MS_NODIRATIME, 0, true
+	case "diratime":
+		return 0, unix.MS_NODIRATIME, true
+	case "relatime":
+		return unix.MS_RELATIME, 0, true
+	case "strictatime":
+		return unix.MS_STRICTATIME, 0, true
+	case "lazytime":
+		return unix.MS_LAZYTIME, 0, true
+	case "nolazytime":
+		return 0, unix.MS_LAZYTIME, true
+	case "nosymfollow":
+		return msNosymfollow, 0, true
+	}
+	return 0, 0, false
+}
+
+// msNosymfollow is MS_NOSYMFOLLOW of linux/mount.h.
+const msNosymfollow = 0x100
 
 // MountAttr are the attributes that a bind mount has for itself.
 type MountAttr uint64

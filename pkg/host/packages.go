@@ -12,8 +12,6 @@ func debianPackage(program string) string {
 		return "xfsprogs"
 	case "mkfs.btrfs", "btrfs", "btrfstune":
 		return "btrfs-progs"
-	case "mount", "umount":
-		return "mount"
 	case "blkid", "fsfreeze":
 		return "util-linux"
 	case "timeout", "head":

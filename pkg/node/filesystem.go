@@ -92,6 +92,9 @@ func (n *Node) alreadyStaged(ctx context.Context, r StageRequest, dev block.Devi
 
 // prepare makes the filesystem of a fresh image, and checks that of another.
 func (n *Node) prepare(ctx context.Context, h image.Handle, st image.Staging, dev block.Device, fsType string, readOnly bool) error {
+	if err := n.host.Unclaimed(ctx, dev.Path); err != nil {
+		return err
+	}
 	found, err := n.host.Probe(ctx, dev.Path)
 	if err != nil {
 		return err
