@@ -162,6 +162,10 @@ func (l *Local) Bind(ctx context.Context, source, target string, attr MountAttr)
 func (l *Local) Unmount(ctx context.Context, target string) error {
 	return l.guard.Do(ctx, "unmount "+target, flush, func() error {
 		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+		for tries := 0; errors.Is(err, unix.EBUSY) && tries < 100; tries++ {
+			time.Sleep(10 * time.Millisecond) // the kernel tells nobody when a mount comes free
+			err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+		}
 		if errors.Is(err, unix.EBUSY) {
 			return fault.New(fault.InUse, "unmount %s: a process still has files open or its working directory there", target)
 		}

@@ -12,6 +12,8 @@ package node
 import (
 	"context"
 	"errors"
+	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -92,7 +94,7 @@ func (n *Node) Start(ctx context.Context) error {
 	}
 	for _, d := range devices {
 		for _, m := range mounts {
-			if m.Source != d.Path || m.Root != "/" {
+			if m.Source != d.Path || m.Root != "/" || !n.mine(m.Point) {
 				continue
 			}
 			thawed, err := n.host.ThawLeft(ctx, m.Point)
@@ -105,6 +107,16 @@ func (n *Node) Start(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// mine says whether a mount point is one that this agent looks after: another
+// agent, for another kubelet's folder, may have frozen its own.
+func (n *Node) mine(point string) bool {
+	if n.cfg.KubeletDir == "" {
+		return true
+	}
+	dir, err := filepath.EvalSymlinks(n.cfg.KubeletDir)
+	return err == nil && strings.HasPrefix(point, dir+"/")
 }
 
 // Abandoned is how many system calls hang on storage that does not answer.
