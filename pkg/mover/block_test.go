@@ -424,3 +424,24 @@ func TestTheRateLimitHoldsForAllCopiesTogether(t *testing.T) {
 		t.Fatalf("a wait behind twelve days of data ended with %v", err)
 	}
 }
+
+func TestZeroingTouchesNothingBeside(t *testing.T) {
+	dir := hosttest.Filesystem(t, "ext4", 64*mib)
+	file := filepath.Join(dir, "file")
+	for _, device := range []bool{false, true} {
+		makeSparse(t, file, 8*mib, []extent{{0, 8 * mib}})
+		want := readAt(t, file, 0, 8*mib)
+		clear(want[mib+100 : 5*mib+7])
+		target := file
+		if device {
+			target = loopDevice(t, file)
+		}
+		if err := New(Options{}).Zero(t.Context(), target, mib+100, 5*mib+7); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(readAt(t, target, 0, 8*mib), want) {
+			t.Errorf("device %v: not exactly the bytes asked for are zero", device)
+		}
+	}
+	wantKind(t, New(Options{}).Zero(t.Context(), file, 0, 9*mib), fault.Corrupt)
+}
