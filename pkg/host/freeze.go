@@ -57,7 +57,7 @@ func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (
 	}
 	f := &Freeze{local: l, dir: dir, ended: make(chan struct{})}
 	if err := f.watch(limit); err != nil {
-		dir.Close()
+		_ = dir.Close()
 		return nil, err
 	}
 	left, answered := make(chan struct{}), make(chan struct{})
@@ -88,7 +88,7 @@ func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (
 		go func() {
 			<-answered
 			<-f.ended
-			dir.Close()
+			_ = dir.Close()
 		}()
 		return nil, err
 	default:
@@ -167,7 +167,7 @@ func (f *Freeze) dismiss() {
 	_, _ = io.WriteString(f.pipe, "t") // EPIPE: it has ended
 	_ = f.pipe.Close()
 	<-f.ended
-	f.dir.Close()
+	_ = f.dir.Close()
 }
 
 // ThawLeft thaws what an agent that died left frozen at point, and says

@@ -111,9 +111,9 @@ func lockLoops(ctx context.Context, file string, flags int) (unlock func(), err 
 			return nil, ioError("open", path, err)
 		}
 		if err = flock(ctx, f); err == nil {
-			return func() { f.Close() }, nil
+			return func() { _ = f.Close() }, nil
 		}
-		f.Close()
+		_ = f.Close()
 		if ctx.Err() != nil {
 			break
 		}
@@ -346,7 +346,7 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 	if err != nil && !errors.Is(err, unix.ENXIO) {
 		return ioError("detach", lp.Path, err)
 	}
-	d.Close() // the kernel takes it down with the last close
+	_ = d.Close() // the kernel takes it down with the last close
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	patience := time.NewTimer(quick)
@@ -377,11 +377,11 @@ func (l *Local) openSame(lp Loop, flags int) (*os.File, error) {
 		err = unix.ENXIO
 	}
 	if errors.Is(err, unix.ENXIO) {
-		d.Close()
+		_ = d.Close()
 		return nil, fault.New(fault.NotFound, "%s is no longer over %s", lp.Path, lp.Backing)
 	}
 	if err != nil {
-		d.Close()
+		_ = d.Close()
 		return nil, ioError("ask", lp.Path, err)
 	}
 	return d, nil

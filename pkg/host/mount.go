@@ -162,8 +162,14 @@ func (l *Local) Bind(ctx context.Context, source, target string, attr MountAttr)
 func (l *Local) Unmount(ctx context.Context, target string) error {
 	return l.guard.Do(ctx, "unmount "+target, flush, func() error {
 		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+		again := time.NewTicker(10 * time.Millisecond) // the kernel tells nobody when a mount comes free
+		defer again.Stop()
 		for tries := 0; errors.Is(err, unix.EBUSY) && tries < 100; tries++ {
-			time.Sleep(10 * time.Millisecond) // the kernel tells nobody when a mount comes free
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-again.C:
+			}
 			err = unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
 		}
 		if errors.Is(err, unix.EBUSY) {

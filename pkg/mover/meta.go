@@ -39,7 +39,7 @@ func (m *meta) apply(fd int) error {
 	}
 	for name, value := range m.xattrs {
 		err := retry(func() error { return unix.Setxattr(path, name, value, 0) })
-		if err != nil && !(err == unix.EOPNOTSUPP && optional(name)) {
+		if err != nil && (err != unix.EOPNOTSUPP || !optional(name)) {
 			return sysErr(err, "set extended attribute "+name+" on", m.path)
 		}
 	}

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -205,11 +206,14 @@ func startWriter(ctx context.Context, write func(n int64) error, done *atomic.In
 // reach waits until a writer got somewhere.
 func reach(t *testing.T, done *atomic.Int64, n int64) {
 	t.Helper()
+	look := time.NewTicker(100 * time.Microsecond)
+	defer look.Stop()
 	for done.Load() < n {
-		if t.Context().Err() != nil {
+		select {
+		case <-t.Context().Done():
 			t.Fatal("the test is over, the writer is not")
+		case <-look.C:
 		}
-		unix.Nanosleep(&unix.Timespec{Nsec: 1e5}, nil)
 	}
 }
 
