@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"errors"
+	"strings"
 	"sync"
 	"time"
 
@@ -27,6 +28,7 @@ type domain struct {
 
 	mu       sync.Mutex // guards all that follows, and the guarded part of each image
 	counter  uint32
+	underWay underWay
 	fenced   error // why nothing may be done any more; nil: all is well
 	images   map[string]*image
 	names    map[string]string // name space + "/" + CSI name: image ID
@@ -153,10 +155,10 @@ func (d *domain) resolve(ctx context.Context, img *image) error {
 
 func (d *domain) create(ctx context.Context, img *image, p *pendingTag) error {
 	if err := d.createTag(ctx, p.tag); err != nil {
-		if uncertain(err) {
-			d.mu.Lock()
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if img.pending = nil; d.underWay.has(p.rev) { // else it certainly was not created
 			img.pending = p
-			d.mu.Unlock()
 		}
 		return err
 	}
@@ -168,20 +170,33 @@ func (d *domain) create(ctx context.Context, img *image, p *pendingTag) error {
 }
 
 // createTag creates a tag and makes sure that this manager still owns the domain.
-func (d *domain) createTag(ctx context.Context, t engine.Tag) error {
+func (d *domain) createTag(ctx context.Context, t engine.Tag) (err error) {
+	rev, ok := revisionOf(t.Name)
 	d.mu.Lock()
-	fenced := d.fenced
-	d.mu.Unlock()
-	if fenced != nil {
-		return fenced
+	switch {
+	case d.fenced != nil:
+		err = d.fenced
+	case ok:
+		err = d.underWay.begin(t.Name, rev)
 	}
+	d.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if ok && (err == nil || !uncertain(err) || !strings.HasPrefix(t.Name, prefixImage)) { // only records are created again
+			d.mu.Lock()
+			defer d.mu.Unlock()
+			d.underWay.end(rev)
+		}
+	}()
 	if err := d.engine.CreateTag(ctx, t); err != nil {
 		if errors.Is(err, fault.Exists) {
 			return fault.New(fault.Corrupt, "tag %s, a name that only this manager uses, is taken by something else: %w", t.Name, err)
 		}
 		return err
 	}
-	err := d.current(ctx)
+	err = d.current(ctx)
 	if err != nil && !uncertain(err) { // the tag is there, whatever the listing said
 		return fault.New(fault.Unavailable, "tag %s was created, and whether that counts is unknown: %w", t.Name, err)
 	}

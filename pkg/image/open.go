@@ -41,7 +41,11 @@ func (d *domain) open(ctx context.Context) error {
 	if err := d.identify(ctx, tags); err != nil {
 		return err
 	}
-	d.index(tags)
+	counting, err := d.settle(ctx, tags)
+	if err != nil {
+		return err
+	}
+	d.index(counting)
 	return d.inspect(ctx)
 }
 

@@ -17,7 +17,8 @@ import (
 
 // The names of tags. Each prefix ends at the first dot.
 //
-//	e.<epoch, 8 hex>                          a manager's opening
+//	e.<epoch, 8 hex>                          a manager's claim to the domain
+//	o.<epoch, 8 hex>                          what it found of its predecessor: see opening.go
 //	n.id                                      the ID of a node-scope domain
 //	i.<image>.<revision, 16 hex>              an image's record
 //	d.<image>                                 its description for people

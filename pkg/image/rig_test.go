@@ -229,7 +229,7 @@ func (r *rig) files(domain, kind string) []string {
 	var out []string
 	root := filepath.Join(r.dirs[domain], kind)
 	r.must(filepath.Walk(root, func(p string, st os.FileInfo, err error) error {
-		if err == nil && !st.IsDir() && !strings.HasPrefix(st.Name(), "e.") {
+		if err == nil && !st.IsDir() && !strings.HasPrefix(st.Name(), "e.") && !strings.HasPrefix(st.Name(), "o.") {
 			out = append(out, strings.TrimPrefix(p, root+"/"))
 		}
 		return err

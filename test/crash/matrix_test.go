@@ -64,7 +64,7 @@ func matrix(t *testing.T, st storage, layout image.Layout, sc scenario, m mode) 
 func mishap(s *story, m mode, at int) string {
 	w := s.w
 	w.control.arm(m, at)
-	err := s.run()
+	err := s.run(s)
 	hit := w.control.hit()
 	w.control.arm(none, 0)
 	if hit == "" {
@@ -96,22 +96,22 @@ func mishap(s *story, m mode, at int) string {
 		}
 	}
 	for try := 1; ; try++ {
-		if err = s.run(); err == nil {
+		if err = s.run(s); err == nil {
 			break
 		}
 		if try == 5 || m == crashBefore || m == crashAfter {
 			w.fatalf("the request fails when it is repeated: %v", err)
 		}
 	}
-	w.must(s.run()) // and is idempotent
+	w.must(s.run(s)) // and is idempotent
 	s.check()
 	w.must(w.collect())
 	w.noLeaks(len(s.groups))
 	s.check()
-	w.must(s.run())
+	w.must(s.run(s))
 	w.restart()
 	s.check()
-	w.must(s.run())
+	w.must(s.run(s))
 	w.must(w.collect())
 	w.noLeaks(len(s.groups))
 	var groups []image.Handle

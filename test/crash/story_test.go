@@ -19,7 +19,7 @@ type story struct {
 	acked  map[string]image.Handle // what must be visible
 	gone   map[string]bool         // what must not be visible any more
 	groups map[string]image.Handle // acknowledged
-	run    func() error
+	run    func(*story) error      // by any process: the story says by which
 }
 
 func newStory(w *world) *story {
@@ -130,7 +130,7 @@ func scenarios() []scenario {
 		{"snapshot", func(s *story) {
 			v := s.volume("v", "a", 1)
 			s.seeds["snapshot s"] = []uint64{1}
-			s.run = func() error {
+			s.run = func(s *story) error {
 				img, err := s.w.snap("s", v)
 				if err == nil {
 					s.ack(img)
@@ -141,7 +141,7 @@ func scenarios() []scenario {
 		{"group snapshot", func(s *story) {
 			v, u := s.volume("v", "a", 1), s.volume("u", "a", 2)
 			s.seeds["member of "+v.Handle.String()], s.seeds["member of "+u.Handle.String()] = []uint64{1}, []uint64{2}
-			s.run = func() error {
+			s.run = func(s *story) error {
 				g, err := s.w.CreateGroup(s.w.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{v.Handle, u.Handle}})
 				if err != nil {
 					return err
@@ -161,7 +161,7 @@ func scenarios() []scenario {
 		}},
 		{"expand", func(s *story) {
 			v := s.volume("v", "a", 1)
-			s.run = func() error {
+			s.run = func(s *story) error {
 				img, err := s.w.Expand(s.w.ctx, v.Handle, 3*mib, 0)
 				if err == nil && img.Size != 3*mib {
 					return fmt.Errorf("size %d after growing", img.Size)
@@ -171,7 +171,7 @@ func scenarios() []scenario {
 		}},
 		{"attach and detach", func(s *story) {
 			v := s.volume("v", "a", 1)
-			s.run = func() error {
+			s.run = func(s *story) error {
 				if _, err := s.w.Attach(s.w.ctx, v.Handle, "n1", s.w.access()[0], false); err != nil {
 					return err
 				}
@@ -181,18 +181,18 @@ func scenarios() []scenario {
 		{"delete volume", func(s *story) {
 			v := s.volume("v", "a", 1)
 			s.snapshot("s", v)
-			s.deletes(v, func() error { return s.w.DeleteVolume(s.w.ctx, v.Handle) })
+			s.deletes(v, func(s *story) error { return s.w.DeleteVolume(s.w.ctx, v.Handle) })
 		}},
 		{"delete snapshot", func(s *story) {
 			img := s.snapshot("s", s.volume("v", "a", 1))
-			s.deletes(img, func() error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
+			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
 		}},
 		{"delete group", func(s *story) {
 			v, u := s.volume("v", "a", 1), s.volume("u", "a", 2)
 			g, err := s.w.CreateGroup(s.w.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{v.Handle, u.Handle}})
 			s.w.must(err)
 			s.seeds["member of "+v.Handle.String()], s.seeds["member of "+u.Handle.String()] = []uint64{1}, []uint64{2}
-			s.deletes(image.Image{}, func() error {
+			s.deletes(image.Image{}, func(s *story) error {
 				err := s.w.DeleteGroup(s.w.ctx, g.Handle)
 				if err == nil {
 					s.gone["member of "+v.Handle.String()], s.gone["member of "+u.Handle.String()] = true, true
@@ -210,7 +210,7 @@ func scenarios() []scenario {
 			s.deleting(first)
 			s.deleting(snap)
 			s.seeds[key(first)], s.seeds[key(snap)] = []uint64{1, 0, 3}, []uint64{1, 3}
-			s.run = func() error { return s.again(first, snap) }
+			s.run = func(s *story) error { return s.again(first, snap) }
 		}},
 	}
 	for _, domain := range []string{"a", "b"} {
@@ -229,7 +229,7 @@ func scenarios() []scenario {
 
 func (s *story) creates(name, domain string, src image.Image, seed uint64) {
 	s.seeds["volume "+name] = []uint64{seed}
-	s.run = func() error {
+	s.run = func(s *story) error {
 		img, err := s.w.create(name, domain, src, 2*mib)
 		if err == nil {
 			s.ack(img)
@@ -239,12 +239,12 @@ func (s *story) creates(name, domain string, src image.Image, seed uint64) {
 }
 
 // deletes makes a story of a deletion with all that the collector does then.
-func (s *story) deletes(img image.Image, del func() error) {
+func (s *story) deletes(img image.Image, del func(*story) error) {
 	if img.Slab != "" {
 		s.deleting(img)
 	}
-	s.run = func() error {
-		if err := del(); err != nil {
+	s.run = func(s *story) error {
+		if err := del(s); err != nil {
 			return err
 		}
 		if img.Slab != "" {

@@ -5,7 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -35,8 +35,7 @@ const (
 func long() bool { return os.Getenv("QUARRY_CRASH") == "long" }
 
 func TestMain(m *testing.M) {
-	klog.SetOutput(io.Discard) // thousands of expected failures
-	klog.LogToStderr(false)
+	klog.SetSlogLogger(slog.New(slog.DiscardHandler)) // thousands of expected failures
 	os.Exit(m.Run())
 }
 

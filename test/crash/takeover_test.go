@@ -1,0 +1,245 @@
+package crash_test
+
+import (
+	"fmt"
+	"maps"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// What the newer manager does while the older one is paused.
+type takeover string
+
+const (
+	repeats takeover = "the newer repeats the request"
+	deletes takeover = "the newer deletes everything"
+	sleeps  takeover = "the newer does nothing"
+	opening takeover = "the older resumes while the newer lists the tags"
+)
+
+// TestAnOlderManagerThatResumes pauses a manager before and after each engine
+// call of each operation, lets a newer one take over, and resumes it. It must
+// not act: the newer one and a third one must agree on what there is.
+func TestAnOlderManagerThatResumes(t *testing.T) {
+	n := 0
+	for _, st := range storages(t) {
+		for _, sc := range scenarios() {
+			for _, after := range []bool{false, true} {
+				for _, what := range []takeover{repeats, deletes, sleeps, opening} {
+					t.Run(fmt.Sprintf("%s, %s, after %t, %s", st.name, sc.name, after, what), func(t *testing.T) {
+						first := 1
+						if !long() {
+							first = 1 + n%step()
+						}
+						for at := first; overtake(t, st, sc, at, after, what); at += step() {
+							n++
+						}
+					})
+				}
+			}
+		}
+	}
+	t.Logf("%d points", n)
+}
+
+// pause stops a process at one of its calls.
+type pause struct {
+	mu      sync.Mutex
+	n, at   int
+	after   bool
+	where   string
+	begun   []string // calls that began after the process was resumed
+	resumed bool
+	reached chan struct{}
+	resume  chan struct{}
+}
+
+func (p *pause) hook(verb, object string, after bool) {
+	p.mu.Lock()
+	if !after {
+		p.n++
+		if p.resumed {
+			p.begun = append(p.begun, verb+" "+object)
+		}
+	}
+	stop := p.where == "" && p.n == p.at && after == p.after
+	if stop {
+		p.where = verb + " " + object
+	}
+	p.mu.Unlock()
+	if stop {
+		close(p.reached)
+		<-p.resume
+	}
+}
+
+func (p *pause) goOn() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.resumed {
+		p.resumed = true
+		close(p.resume)
+	}
+}
+
+func (s *story) in(w *world) *story {
+	return &story{w: w, seeds: s.seeds, acked: maps.Clone(s.acked), gone: maps.Clone(s.gone), groups: maps.Clone(s.groups), run: s.run}
+}
+
+// overtake plays one point. It returns false when the operation makes fewer calls.
+func overtake(t *testing.T, st storage, sc scenario, at int, after bool, what takeover) bool {
+	w := newWorld(t, st, image.LayoutImage)
+	w.story = fmt.Sprintf("%s, paused at call %d (after it: %t), %s", sc.name, at, after, what)
+	s := newStory(w)
+	sc.prepare(s)
+	w.restart()
+	p := &pause{at: at, after: after, reached: make(chan struct{}), resume: make(chan struct{})}
+	defer p.goOn()
+	w.control.mu.Lock()
+	w.control.hook = p.hook
+	w.control.mu.Unlock()
+	older := *w
+	s.w = &older
+	seeds := maps.Clone(s.seeds)
+	s.seeds = maps.Clone(seeds) // the older one's own
+	ended := make(chan error, 1)
+	go func() { ended <- s.run(s) }()
+	select {
+	case <-p.reached:
+	case err := <-ended:
+		w.must(err)
+		w.end()
+		return false
+	}
+	defer func() { p.goOn(); _ = older.Close() }()
+
+	newer := *w
+	newer.story += " (" + p.where + ")"
+	before := s.in(&newer)
+	before.seeds = seeds
+	var err error
+	if what == opening {
+		newer.torn = true
+		c := &control{}
+		var once sync.Once
+		c.hook = func(verb, object string, after bool) {
+			if verb == "ListTags" && object == "" && !after {
+				once.Do(func() { p.goOn(); err = <-ended })
+			}
+		}
+		np, lerr := newer.tryLaunch(c)
+		newer.must(lerr)
+		newer.process = np
+	} else {
+		newer.process = newer.launch()
+	}
+	defer newer.Close()
+	before.check()
+	switch what {
+	case repeats:
+		newer.must(before.run(before))
+		newer.must(newer.collect())
+		before.check()
+	case deletes:
+		var groups []image.Handle
+		for _, img := range newer.list(newer.process) {
+			if h, err := image.ParseHandle(img.Group); err == nil {
+				groups = append(groups, h)
+			}
+		}
+		newer.empty(groups...)
+		before.acked = map[string]image.Handle{}
+	}
+	list := newer.list(newer.process)
+	p.goOn()
+	if what != opening {
+		err = <-ended
+	}
+	deleted := 0
+	for _, call := range p.begun {
+		// Domain b may not be overtaken yet, and the tags of earlier epochs there may go.
+		if strings.HasPrefix(call, "Delete") && !strings.HasPrefix(call, "DeleteTag e.") {
+			deleted++
+		}
+	}
+	if deleted > 1 {
+		newer.fatalf("the older one went on to delete: %v", p.begun)
+	}
+	if err == nil && what != deletes { // it acknowledged: then the newer one must have seen it
+		before.acked, before.gone = maps.Clone(s.acked), maps.Clone(s.gone)
+	}
+	before.check()
+	same(&newer, "the newer one, after the older was resumed,", list)
+
+	third := newer
+	third.torn = false
+	third.process = third.launch()
+	defer third.Close()
+	same(&third, "a third one", list)
+	last := before.in(&third)
+	last.seeds = before.seeds
+	last.check()
+	if what != deletes {
+		third.must(last.run(last))
+		last.check()
+	}
+	third.must(third.collect())
+	last.check()
+	var groups []image.Handle
+	for _, g := range last.groups {
+		groups = append(groups, g)
+	}
+	if what == deletes {
+		groups = nil
+	}
+	for _, img := range third.list(third.process) {
+		if h, err := image.ParseHandle(img.Group); err == nil {
+			groups = append(groups, h)
+		}
+	}
+	third.empty(groups...)
+	for _, d := range w.dirs {
+		w.must(os.RemoveAll(d))
+	}
+	return true
+}
+
+// same checks that a process sees what another one saw.
+func same(w *world, who string, want []image.Image) {
+	w.t.Helper()
+	have := w.list(w.process)
+	describe := func(l []image.Image) (out []string) {
+		for _, i := range l {
+			out = append(out, fmt.Sprintf("%s=%s %d %s", key(i), i.Handle, i.Size, i.State))
+		}
+		return out
+	}
+	if a, b := fmt.Sprint(describe(have)), fmt.Sprint(describe(want)); a != b {
+		w.fatalf("%s sees\n\t%s\nthe newer one saw\n\t%s", who, a, b)
+	}
+	for i, img := range have {
+		if fmt.Sprint(img.Attachments) != fmt.Sprint(want[i].Attachments) && !onlyStaged(img, want[i]) {
+			w.fatalf("%s sees %s attached as %v, the newer one as %v", who, img.Handle, img.Attachments, want[i].Attachments)
+		}
+	}
+}
+
+// onlyStaged says whether two views of an image differ only in what an opening
+// cannot know: whether a node has it staged.
+func onlyStaged(a, b image.Image) bool {
+	if len(a.Attachments) != len(b.Attachments) {
+		return false
+	}
+	for i, x := range a.Attachments {
+		y := b.Attachments[i]
+		x.Staged, y.Staged = false, false
+		if x != y {
+			return false
+		}
+	}
+	return true
+}
