@@ -52,6 +52,11 @@ func standalone(ctx context.Context, o *options) (err error) {
 		defer metricsSocket.Close()
 	}
 
+	tracer, flush, err := tracing(ctx, o.nodeID)
+	if err != nil {
+		return err
+	}
+	defer flush()
 	metrics := newMetrics()
 	agents := &node.Agents{}
 	manager := image.New(image.Config{
@@ -62,7 +67,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 	metrics.watch(manager, agent)
 	service, err := csi.New(csi.Config{
 		DriverName: o.driverName, Version: version, NodeID: o.nodeID,
-		Manager: manager, Node: agent, Metrics: metrics.registry,
+		Manager: manager, Node: agent, Metrics: metrics.registry, Tracer: tracer,
 	})
 	if err != nil {
 		return err
