@@ -27,7 +27,6 @@ func (s *Server) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 	if err != nil {
 		return nil, err
 	}
-	v.ContentSource = req.GetVolumeContentSource()
 	return &csi.CreateVolumeResponse{Volume: v}, nil
 }
 
@@ -380,5 +379,17 @@ func (s *Server) volume(img image.Image) (*csi.Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &csi.Volume{VolumeId: img.Handle.String(), CapacityBytes: img.Size, AccessibleTopology: t}, nil
+	v := &csi.Volume{VolumeId: img.Handle.String(), CapacityBytes: img.Size, AccessibleTopology: t}
+	switch {
+	case img.Source == "":
+	case img.SourceMutable:
+		v.ContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Volume{
+			Volume: &csi.VolumeContentSource_VolumeSource{VolumeId: img.Source},
+		}}
+	default:
+		v.ContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
+			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: img.Source},
+		}}
+	}
+	return v, nil
 }

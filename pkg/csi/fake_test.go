@@ -39,7 +39,7 @@ func (f *fakeManager) did(what string) error {
 func (f *fakeManager) CreateVolume(_ context.Context, r image.CreateRequest) (image.Image, error) {
 	f.created = append(f.created, r)
 	h := image.Handle{Domain: "nas", Image: "v-new"}
-	return image.Image{Handle: h, Name: r.Name, Mutable: true, Size: max(r.Size, 1), Layout: cmp.Or(r.Layout, image.LayoutImage), Source: r.Source}, f.did("create")
+	return image.Image{Handle: h, Name: r.Name, Mutable: true, Size: max(r.Size, 1), Layout: cmp.Or(r.Layout, image.LayoutImage), Source: r.Source, SourceMutable: r.SourceMutable}, f.did("create")
 }
 
 func (f *fakeManager) DeleteVolume(_ context.Context, h image.Handle) error {

@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"errors"
+	"slices"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -55,11 +56,18 @@ func (m *Manager) attach(ctx context.Context, op *operation, img *image, node st
 		return Attachment{}, err
 	}
 	tag := engine.Tag{Name: attachmentTag(img.id, node, gen), Slab: slab, Record: body}
-	if err := d.createTag(ctx, tag); err != nil {
-		return Attachment{}, err
-	}
+	err = d.createTag(ctx, tag)
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if err != nil {
+		if uncertain(err) {
+			if img.unsure == nil {
+				img.unsure = map[string][]string{}
+			}
+			img.unsure[node] = append(img.unsure[node], tag.Name)
+		}
+		return Attachment{}, err
+	}
 	img.attached[node] = &attachment{Attachment: want, tag: tag.Name}
 	return want, nil
 }
@@ -140,7 +148,7 @@ func (m *Manager) Detach(ctx context.Context, h Handle, node string) error {
 			return struct{}{}, err
 		}
 		defer release()
-		for _, n := range img.nodes() {
+		for _, n := range img.maybeNodes() {
 			if node == "" || node == n {
 				if err := m.detach(ctx, img, n); err != nil {
 					return struct{}{}, err
@@ -166,15 +174,34 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 		return fault.New(fault.Unavailable, "it is still staged on node %s", node)
 	}
 	d.mu.Lock()
-	tag := img.attached[node].tag
+	tags := slices.Clone(img.unsure[node])
+	if a := img.attached[node]; a != nil {
+		tags = append(tags, a.tag)
+	}
 	d.mu.Unlock()
-	if err := d.deleteTag(ctx, tag); err != nil {
-		return err
+	for _, tag := range tags {
+		if err := d.deleteTag(ctx, tag); err != nil {
+			return err
+		}
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	delete(img.attached, node)
+	delete(img.unsure, node)
 	return nil
+}
+
+// maybeNodes are the nodes that the image is, or by an unknown outcome may be,
+// attached to, sorted.
+func (img *image) maybeNodes() []string {
+	out := img.nodes()
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	for n := range img.unsure {
+		out = append(out, n)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 // Stage tells a node what to build, and records that it does. generation is

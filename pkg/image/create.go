@@ -191,7 +191,7 @@ func (c *creation) run(ctx context.Context) (Image, error) {
 	}
 	defer release()
 	rec := record{Name: c.r.Name, Kind: string(c.layout.Kind()), Mutable: true, Op: opCreate, Size: c.size,
-		Source: c.r.Source, Created: c.m.cfg.Now().UnixMilli(), Params: c.r.Params}
+		Source: c.r.Source, SrcVol: c.r.Source != "" && c.r.SourceMutable, Created: c.m.cfg.Now().UnixMilli(), Params: c.r.Params}
 	if c.r.Tuning != (Tuning{}) {
 		rec.Tuning = &c.r.Tuning
 	}

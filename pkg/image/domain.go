@@ -55,6 +55,7 @@ type image struct {
 	rev       revision
 	old       []oldRevision // superseded, lowest first
 	attached  map[string]*attachment
+	unsure    map[string][]string // node: attachment tags whose creation has an unknown outcome
 	described bool
 	desc      Described
 	broken    error

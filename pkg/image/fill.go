@@ -325,7 +325,7 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src, dst *imag
 // record stays weak: nobody sees it, and it is swept if the copy dies.
 func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image) (*image, error) {
 	rec, _ := src.snapshot()
-	rec = record{Kind: rec.Kind, Op: opHidden, Size: rec.Size, Source: src.d.handle(src).String(),
+	rec = record{Kind: rec.Kind, Op: opHidden, Size: rec.Size, Source: src.d.handle(src).String(), SrcVol: true,
 		Created: m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params}
 	target := op.view()
 	img, err := src.d.intend(ctx, op, rec)

@@ -169,3 +169,29 @@ func TestANameUsedAgainMeetsNothingOfItsFirstLife(t *testing.T) {
 	r.holds(s2, 2)
 	r.holds(clone, 1)
 }
+
+func TestPagesGoOnWhereTheyEndedWhateverTheDomainsAreCalled(t *testing.T) {
+	r := newRig(t, "a", "a-b", "a.b", "b").start()
+	want := map[string]bool{}
+	for _, d := range []string{"a", "a-b", "a.b", "b"} {
+		for _, n := range []string{"1", "2", "3"} {
+			want[r.volume(d+n, d, mib*16).Handle.String()] = true
+		}
+	}
+	after, pages := "", 0
+	for more := true; more; pages++ {
+		list, m, err := r.List(r.ctx, true, after, 2)
+		r.must(err)
+		for _, v := range list {
+			if !want[v.Handle.String()] {
+				t.Fatalf("%s is listed twice", v.Handle)
+			}
+			delete(want, v.Handle.String())
+			after = v.Handle.String()
+		}
+		more = m
+	}
+	if len(want) > 0 {
+		t.Fatalf("not listed: %v", want)
+	}
+}

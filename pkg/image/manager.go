@@ -191,7 +191,7 @@ func (m *Manager) Close() error {
 	return errors.Join(errs...)
 }
 
-// open lists the open domains, each once, ordered by ID.
+// open lists the open domains, each once, ordered as their handles are.
 func (m *Manager) open() []*domain {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -199,7 +199,7 @@ func (m *Manager) open() []*domain {
 	for _, d := range m.domains {
 		set[d] = struct{}{}
 	}
-	return slices.SortedFunc(maps.Keys(set), func(a, b *domain) int { return cmp.Compare(a.id, b.id) })
+	return slices.SortedFunc(maps.Keys(set), func(a, b *domain) int { return cmp.Compare(a.id+"/", b.id+"/") })
 }
 
 // domain finds an open domain by ID or alias. fault.Unavailable: it is not

@@ -208,7 +208,7 @@ func (d *domain) enterSide(t engine.Tag) {
 		id, _, _ := strings.Cut(s, ".")
 		gen, ok := parseRevision(t.Name[strings.LastIndexByte(t.Name, '.')+1:])
 		img := d.images[id]
-		if !ok || img == nil {
+		if !ok || img == nil || img.rec.dead() { // what is deleted was not attached: a stray
 			return
 		}
 		var r attachRecord
@@ -216,6 +216,9 @@ func (d *domain) enterSide(t engine.Tag) {
 			// Somebody may be using the image, and it is not known who.
 			img.broken, img.badTag = fault.New(fault.Corrupt, "attachment %s cannot be read back", t.Name), true
 			return
+		}
+		if a := img.attached[r.Node]; a != nil && a.Generation > int64(gen) {
+			return // this one was asked for again
 		}
 		img.attached[r.Node] = &attachment{tag: t.Name, Attachment: Attachment{Node: r.Node, Mode: r.Mode, Block: r.Block,
 			ReadOnly: r.ReadOnly, Generation: int64(gen), Staged: true}} // until the agent says otherwise

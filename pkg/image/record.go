@@ -125,7 +125,8 @@ type record struct {
 	Size     int64             `json:"z,omitempty"`
 	Alloc    int64             `json:"a,omitempty"` // immutable: bytes allocated at the cut
 	Source   string            `json:"src,omitempty"`
-	Created  int64             `json:"t"` // Unix, milliseconds
+	SrcVol   bool              `json:"sv,omitempty"` // the source is a volume
+	Created  int64             `json:"t"`            // Unix, milliseconds
 	Used     bool              `json:"u,omitempty"`
 	FS       string            `json:"fs,omitempty"`
 	Cloned   bool              `json:"c,omitempty"`

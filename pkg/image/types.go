@@ -105,9 +105,11 @@ type Image struct {
 	Size    int64 // bytes
 	Slab    string
 	// Source is the handle of the volume or snapshot that it was made from, or "".
-	Source  string
-	Created time.Time
-	State   State
+	// SourceMutable says that it is a volume.
+	Source        string
+	SourceMutable bool
+	Created       time.Time
+	State         State
 	// Reason says why the state is not Optimized.
 	Reason string
 	// Ready is false while work after a snapshot's cut is going on.
