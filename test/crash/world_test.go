@@ -225,8 +225,22 @@ var offsets = []int64{4 * kib, 300 * kib, 900 * kib}
 
 const pieceSize = 96 * kib
 
+// contents that were made before.
+var contents sync.Map
+
 // content of an image by seed; seed 0 is empty.
 func content(seed uint64, i int) []byte {
+	if b, ok := contents.Load([2]uint64{seed, uint64(i)}); ok {
+		return b.([]byte)
+	}
+	b := makeContent(seed, i)
+	if seed < 100 {
+		contents.Store([2]uint64{seed, uint64(i)}, b)
+	}
+	return b
+}
+
+func makeContent(seed uint64, i int) []byte {
 	b := make([]byte, pieceSize)
 	rnd := rand.New(rand.NewPCG(seed, uint64(i)))
 	for j := 0; j < len(b); j += 8 {
