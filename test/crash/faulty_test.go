@@ -66,6 +66,13 @@ func (c *control) hit() string {
 	return c.struck
 }
 
+// kill makes the process dead.
+func (c *control) kill() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.dead = true
+}
+
 // call runs do, or what befalls it instead.
 func (c *control) call(verb, object string, do func() error) error {
 	c.mu.Lock()

@@ -105,13 +105,40 @@ type resumes struct {
 	image.Mover
 	mu    sync.Mutex
 	count int
+	// from is where the last one began, durable what the last checkpoint sealed.
+	from, durable int64
+	checkpoints   int
+	fatal         int // the checkpoint after which the process dies; 0: none
+	die           func()
+}
+
+func (r *resumes) dieAt(checkpoint int, die func()) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.checkpoints, r.fatal, r.die = 0, checkpoint, die
 }
 
 func (r *resumes) CopyBlock(ctx context.Context, src, dst string, o image.BlockCopy) error {
 	if o.From > 0 {
 		r.mu.Lock()
 		r.count++
+		r.from = o.From
 		r.mu.Unlock()
+	}
+	if seal := o.Checkpoint; seal != nil {
+		o.Checkpoint = func(offset int64) error {
+			if err := seal(offset); err != nil {
+				return err
+			}
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.durable = offset
+			if r.checkpoints++; r.fatal == r.checkpoints {
+				r.die()
+				return errDead
+			}
+			return nil
+		}
 	}
 	return r.Mover.CopyBlock(ctx, src, dst, o)
 }
