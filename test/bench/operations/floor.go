@@ -18,18 +18,18 @@ import (
 // the name in tmp/ is removed. An operation makes the same files in the same
 // order as Quarry:
 //
-//	CreateVolume    intent (tag), slab, seal (tag)
+//	CreateVolume    intent (tag); slab and, meanwhile, description (tag); seal (tag)
 //	CreateSnapshot  intent, slab with the source's content, seal
-//	clone           intent, slab with the snapshot's content, seal
+//	clone           intent; slab with the snapshot's content and description; seal
 //	DeleteVolume    the tag that says so; the slab goes later, which is not measured
 //
 // Content comes by FICLONE on XFS, else by copy_file_range of the data alone.
 // What Quarry does beyond that (checks, the index, reading the epoch after every
 // tag, gRPC) is its own cost and counts against it.
 type floor struct {
-	slabs, tags, tmp *os.File
-	reflink          bool
-	sources          []string
+	slabs, tags, described, tmp *os.File
+	reflink                     bool
+	sources                     []string
 }
 
 // record is as large as a volume's.
@@ -37,7 +37,7 @@ const record = 330
 
 func newFloor(dir string, reflink bool, workers int) (*floor, error) {
 	f := &floor{reflink: reflink}
-	for name, to := range map[string]**os.File{"slabs": &f.slabs, "tags": &f.tags, "tmp": &f.tmp} {
+	for name, to := range map[string]**os.File{"slabs": &f.slabs, "tags": &f.tags, "described": &f.described, "tmp": &f.tmp} {
 		path := filepath.Join(dir, name)
 		if err := os.MkdirAll(path, 0o755); err != nil {
 			return nil, err
@@ -61,10 +61,16 @@ func newFloor(dir string, reflink bool, workers int) (*floor, error) {
 	return f, nil
 }
 
-func (f *floor) close() error { return errors.Join(f.slabs.Close(), f.tags.Close(), f.tmp.Close()) }
+func (f *floor) folders() []string {
+	return []string{f.slabs.Name(), f.tags.Name(), f.described.Name()}
+}
 
-func (f *floor) tag(name string) error {
-	return f.place(f.tags, name, func(file *os.File) error {
+func (f *floor) close() error {
+	return errors.Join(f.slabs.Close(), f.tags.Close(), f.described.Close(), f.tmp.Close())
+}
+
+func (f *floor) tag(dir *os.File, name string) error {
+	return f.place(dir, name, func(file *os.File) error {
 		_, err := file.Write(make([]byte, record))
 		return err
 	})
@@ -85,26 +91,32 @@ func (f *floor) place(dir *os.File, name string, fill func(*os.File) error) erro
 	return errors.Join(file.Sync(), unix.Linkat(int(f.tmp.Fd()), tmp, int(dir.Fd()), name, 0), dir.Sync(), unix.Unlinkat(int(f.tmp.Fd()), tmp, 0))
 }
 
-func (f *floor) volume(name string, fill func(*os.File) error) error {
-	if err := f.tag(name + ".1"); err != nil {
+func (f *floor) image(name string, describe bool, fill func(*os.File) error) error {
+	if err := f.tag(f.tags, name+".1"); err != nil {
 		return err
 	}
-	if err := f.place(f.slabs, name, fill); err != nil {
+	described := make(chan error, 1)
+	if describe {
+		go func() { described <- f.tag(f.described, name) }()
+	} else {
+		described <- nil
+	}
+	if err := errors.Join(f.place(f.slabs, name, fill), <-described); err != nil {
 		return err
 	}
-	return f.tag(name + ".2")
+	return f.tag(f.tags, name+".2")
 }
 
 func (f *floor) createVolume(_ context.Context, _ int, name string) error {
-	return f.volume("volume-"+name, func(file *os.File) error { return file.Truncate(size) })
+	return f.image("volume-"+name, true, func(file *os.File) error { return file.Truncate(size) })
 }
 
 func (f *floor) createSnapshot(_ context.Context, worker int, name string) error {
-	return f.volume("snapshot-"+name, f.content(worker))
+	return f.image("snapshot-"+name, false, f.content(worker))
 }
 
 func (f *floor) clone(_ context.Context, worker int, name string) error {
-	return f.volume("clone-"+name, f.content(worker))
+	return f.image("clone-"+name, true, f.content(worker))
 }
 
 func (f *floor) content(worker int) func(*os.File) error {
@@ -126,7 +138,7 @@ func (f *floor) content(worker int) func(*os.File) error {
 }
 
 func (f *floor) deleteVolume(_ context.Context, _ int, name string) error {
-	return f.tag("volume-" + name + ".3")
+	return f.tag(f.tags, "volume-"+name+".3")
 }
 
 func (f *floor) settle(context.Context) error {

@@ -55,12 +55,15 @@ type side interface {
 	deleteVolume(ctx context.Context, worker int, name string) error
 	// settle waits until nothing goes on in the background any more.
 	settle(ctx context.Context) error
+	// folders of the files that operations leave behind.
+	folders() []string
 }
 
 // series are the measurements of one operation of one side.
 type series struct {
-	took []time.Duration
-	rate []float64 // operations per second of each turn
+	took  []time.Duration
+	rate  []float64 // operations per second of each turn
+	files int       // made by all
 }
 
 func measure(ctx context.Context, bin, parent, fstype string, repeats int) (err error) {
@@ -111,29 +114,58 @@ func compare(ctx context.Context, t *tabwriter.Writer, mine, bare side, callers,
 	}
 	each := max(20, 4*callers) // operations of each kind in a turn
 	for turn := range repeats {
-		for k := range 2 {
-			who := (turn + k) % 2 // none always comes first
-			s := []side{mine, bare}[who]
-			do := map[string]func(context.Context, int, string) error{
-				operations[0]: s.createVolume, operations[1]: s.createSnapshot, operations[2]: s.clone, operations[3]: s.deleteVolume}
-			for _, name := range operations {
-				if err := batch(ctx, &all[name][who], callers, each, fmt.Sprint("t", turn), do[name]); err != nil {
+		for _, name := range operations {
+			for k := range 2 {
+				who := (turn + k) % 2 // none always comes first
+				s := []side{mine, bare}[who]
+				if err := one(ctx, s, name, &all[name][who], callers, each, turn); err != nil {
 					return fmt.Errorf("%s: %w", name, err)
-				}
-				if err := s.settle(ctx); err != nil {
-					return err
 				}
 			}
 		}
 	}
 	for _, name := range operations {
 		q, f := all[name][0], all[name][1]
+		if q.files > f.files {
+			return fmt.Errorf("%s: Quarry left %d files and the floor %d: they do not do the same", name, q.files, f.files)
+		}
 		p50, floor50 := rig.Quantile(q.took, 0.5), rig.Quantile(f.took, 0.5)
 		rate, floorRate := rig.Quantile(q.rate, 0.5), rig.Quantile(f.rate, 0.5)
 		fmt.Fprintf(t, "%s\t%d\t%v\t%v\t%.2f\t%v\t%v\t%.0f\t%.0f\t%.2f\t\n", name, callers, round(p50), round(floor50), p50.Seconds()/floor50.Seconds(),
 			round(rig.Quantile(q.took, 0.99)), round(rig.Quantile(f.took, 0.99)), rate, floorRate, floorRate/rate)
 	}
 	return nil
+}
+
+// one turn of one side with one operation.
+func one(ctx context.Context, s side, name string, m *series, callers, each, turn int) error {
+	do := map[string]func(context.Context, int, string) error{
+		"CreateVolume": s.createVolume, "CreateSnapshot": s.createSnapshot, "clone": s.clone, "DeleteVolume": s.deleteVolume}[name]
+	before, err := files(s)
+	if err != nil {
+		return err
+	}
+	if err := batch(ctx, m, callers, each, fmt.Sprint("t", turn), do); err != nil {
+		return err
+	}
+	if err := s.settle(ctx); err != nil {
+		return err
+	}
+	after, err := files(s)
+	m.files += after - before
+	return err
+}
+
+// files counts what a side has made.
+func files(s side) (n int, err error) {
+	for _, folder := range s.folders() {
+		entries, err := os.ReadDir(folder)
+		if err != nil && !errors.Is(err, os.ErrNotExist) {
+			return 0, err
+		}
+		n += len(entries)
+	}
+	return n, nil
 }
 
 func round(d time.Duration) time.Duration { return d.Round(10 * time.Microsecond) }
@@ -234,6 +266,10 @@ func (s *service) deleteVolume(ctx context.Context, _ int, name string) error {
 	s.mu.Unlock()
 	_, err := s.q.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
 	return err
+}
+
+func (s *service) folders() []string {
+	return []string{filepath.Join(s.domain, "slabs"), filepath.Join(s.domain, "tags", "i"), filepath.Join(s.domain, "tags", "d")}
 }
 
 // settle waits until the collector has removed the slabs of deleted volumes:
