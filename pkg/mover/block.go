@@ -96,9 +96,10 @@ type blockCopy struct {
 func newBlockCopy(m *Mover, s, d *store, opts image.BlockCopy) *blockCopy {
 	c := &blockCopy{m: m, src: s, dst: d, opts: opts}
 	c.extents = extents{fd: s.fd, blind: s.device}
-	c.noRange.Store(s.device || d.device)
+	// Elsewhere the kernel would copy through the page cache, in small steps.
+	c.noRange.Store(!s.remote() || !d.remote())
 	c.pair = pair{
-		src: s.fd, dst: d.fd, srcName: s.path, dstName: d.path, srcDev: s.device, dstDev: d.device,
+		src: s.fd, dst: d.fd, direct: &direct{src: s.direct, dst: d.direct}, srcName: s.path, dstName: d.path, srcDev: s.device, dstDev: d.device,
 		dstZeroed: opts.DstZeroed,
 		noRange:   &c.noRange, throttle: m.throttle, zeros: make([]byte, sparseUnit),
 	}

@@ -25,7 +25,6 @@ package mover
 
 import (
 	"context"
-	"runtime"
 
 	"github.com/quarry-csi/quarry/pkg/image"
 )
@@ -33,10 +32,10 @@ import (
 // Options of a Mover. The zero value is a good choice.
 type Options struct {
 	// Workers is how many system calls of one copy are in flight at once.
-	// 0: twice the number of processors, at least 2 and at most 8.
+	// 0: 8, however few processors there are: workers mostly wait.
 	Workers int
-	// Buffer is the size of one read or write in bytes, a multiple of 4096.
-	// 0: 1 MiB. A copy uses Workers times as much memory.
+	// Buffer is the size of one read or write in bytes, rounded up to a multiple
+	// of 4096. 0: 2 MiB. A copy uses Workers times as much memory.
 	Buffer int
 	// CheckpointEvery is how many bytes of data are copied between two
 	// checkpoints. 0: 256 MiB.
@@ -59,10 +58,10 @@ var _ image.Mover = (*Mover)(nil)
 // New makes a Mover.
 func New(o Options) *Mover {
 	if o.Workers <= 0 {
-		o.Workers = min(max(2*runtime.NumCPU(), 2), 8)
+		o.Workers = 8
 	}
 	if o.Buffer <= 0 {
-		o.Buffer = 1 << 20
+		o.Buffer = 2 << 20
 	}
 	if o.CheckpointEvery <= 0 {
 		o.CheckpointEvery = 256 << 20

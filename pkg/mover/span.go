@@ -24,6 +24,7 @@ const (
 // goroutines at once, each with a buffer of its own.
 type pair struct {
 	src, dst         int
+	direct           *direct // nil: everything goes through the page cache
 	srcName, dstName string
 	srcDev, dstDev   bool
 	dstZeroed        bool
@@ -99,7 +100,10 @@ func (p *pair) copyRange(off, n int64) (int64, error) {
 
 func (p *pair) readFull(buf []byte, off int64) error {
 	for len(buf) > 0 {
-		c, err := retryN(func() (int, error) { return unix.Pread(p.src, buf, off) })
+		c, err := p.direct.read(buf, off)
+		if err == errBuffered {
+			c, err = retryN(func() (int, error) { return unix.Pread(p.src, buf, off) })
+		}
 		if err != nil {
 			return sysErr(err, "read", p.srcName)
 		}
@@ -113,7 +117,10 @@ func (p *pair) readFull(buf []byte, off int64) error {
 
 func (p *pair) writeFull(buf []byte, off int64) error {
 	for len(buf) > 0 {
-		c, err := retryN(func() (int, error) { return unix.Pwrite(p.dst, buf, off) })
+		c, err := p.direct.write(buf, off)
+		if err == errBuffered {
+			c, err = retryN(func() (int, error) { return unix.Pwrite(p.dst, buf, off) })
+		}
 		if err != nil {
 			return sysErr(err, "write", p.dstName)
 		}

@@ -11,18 +11,37 @@ import (
 
 // store is an open block slab: a regular file or a block device.
 type store struct {
-	path   string
-	fd     int
+	path string
+	fd   int
+	// direct is the same file without the page cache, or -1.
+	direct int
 	device bool
 	st     unix.Stat_t
 	size   int64
 }
 
 func (s *store) close() {
-	if s.fd >= 0 {
-		_ = unix.Close(s.fd) // what was written is already flushed, or lost anyway
-		s.fd = -1
+	for _, fd := range []*int{&s.fd, &s.direct} {
+		if *fd >= 0 {
+			_ = unix.Close(*fd) // what was written is already flushed, or lost anyway
+			*fd = -1
+		}
 	}
+}
+
+// remote says whether the file lies on a server, or behind a process, that may
+// be able to copy by itself.
+func (s *store) remote() bool {
+	var st unix.Statfs_t
+	if s.device || retry(func() error { return unix.Fstatfs(s.fd, &st) }) != nil {
+		return false
+	}
+	switch uint32(st.Type) { //nolint:gosec // magic numbers are 32 bits wide
+	case unix.NFS_SUPER_MAGIC, unix.SMB_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.CEPH_SUPER_MAGIC,
+		unix.AFS_SUPER_MAGIC, unix.FUSE_SUPER_MAGIC:
+		return true
+	}
+	return false
 }
 
 // openSource opens path for reading.
@@ -54,7 +73,7 @@ func openStore(path string, flags int) (*store, error) {
 	if err := retry(func() error { return unix.Stat(path, &st) }); err != nil {
 		return nil, sysErr(err, "stat", path)
 	}
-	s := &store{path: path, fd: -1}
+	s := &store{path: path, fd: -1, direct: -1}
 	flags |= unix.O_CLOEXEC | unix.O_NONBLOCK
 	if isBlockDevice(&st) && flags&unix.O_ACCMODE == unix.O_RDWR {
 		flags |= unix.O_EXCL // refused while it is mounted or part of another device
@@ -67,6 +86,13 @@ func openStore(path string, flags int) (*store, error) {
 	if err := unix.Fstat(fd, &s.st); err != nil {
 		s.close()
 		return nil, sysErr(err, "stat", path)
+	}
+	// Opened through the descriptor: certainly the same file. Where the file
+	// system has no direct I/O, the page cache does.
+	if fd, err := retryN(func() (int, error) {
+		return unix.Open(procPath(s.fd), flags&^unix.O_EXCL|unix.O_DIRECT, 0)
+	}); err == nil {
+		s.direct = fd
 	}
 	s.device = isBlockDevice(&s.st)
 	if !s.device && !isRegular(&s.st) {
