@@ -38,10 +38,16 @@ func (m *Manager) createVolume(ctx context.Context, op *operation, r CreateReque
 	if err := m.allOpen(); err != nil && len(r.Domains) != 1 {
 		return Image{}, err // the name may be taken where nobody can look
 	}
-	if err := c.plan(ctx); err != nil {
-		return Image{}, err
+	for {
+		if err := c.plan(ctx); err != nil {
+			return Image{}, err
+		}
+		img, err := c.run(ctx)
+		if errors.Is(err, errGrew) && ctx.Err() == nil {
+			continue // a source grows only so often
+		}
+		return img, err
 	}
-	return c.run(ctx)
 }
 
 // creation is a CreateVolume under way.

@@ -291,6 +291,10 @@ func (d *domain) zero(ctx context.Context, op *operation, slab string, kind engi
 	return d.engine.DetachSlab(ctx, slab)
 }
 
+// errGrew is a source that was larger when it was cut than when the new volume's
+// size was decided.
+var errGrew = errors.New("the source has grown meanwhile")
+
 // cloneVolume fills the slab of a new volume from another volume, which may be
 // in use. Inside a domain the cut goes straight into the new slab. Into another
 // domain a native hidden snapshot is taken first, because the copy takes long;
@@ -304,6 +308,9 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src, dst *imag
 	defer func() { release() }()
 	if err := src.usable(); err != nil {
 		return how{}, err
+	}
+	if rec, _ := src.snapshot(); rec.Size > spec.Size { // a smaller clone would lack its end
+		return how{}, fault.Wrap(fault.Conflict, errGrew)
 	}
 	if src.d != dst.d && src.d.caps.Snapshotter != nil {
 		hidden, err := m.hiddenSnapshot(ctx, op, src)

@@ -1,0 +1,50 @@
+package image_test
+
+import (
+	"context"
+	"strings"
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// meanwhile does something once, after the intent of a clone is there.
+type meanwhile struct {
+	engine.Engine
+	do func()
+}
+
+func (m *meanwhile) CreateTag(ctx context.Context, t engine.Tag) error {
+	err := m.Engine.CreateTag(ctx, t)
+	if err == nil && m.do != nil && strings.Contains(string(t.Record), `"n":"clone"`) {
+		do := m.do
+		m.do = nil
+		do()
+	}
+	return err
+}
+
+// A source that grows between the clone's intent and its cut is cloned whole.
+func TestASourceThatGrowsWhileItIsCloned(t *testing.T) {
+	r := newRig(t, "a")
+	w := &meanwhile{}
+	r.wrap = func(e engine.Engine) engine.Engine { w.Engine = engine.Minimal(e); return w }
+	r.start()
+	v := r.volume("v", "a", 32*mib)
+	r.write(v, 1)
+	w.do = func() {
+		_, err := r.Expand(r.ctx, v.Handle, 64*mib, 0)
+		r.must(err)
+	}
+	clone := r.from("clone", "a", v, 0)
+	if clone.Size != 64*mib {
+		t.Fatalf("the clone has %d bytes, its source %d", clone.Size, 64*mib)
+	}
+	r.holds(clone, 1)
+	for _, img := range []image.Image{v, clone} {
+		r.must(r.DeleteVolume(r.ctx, img.Handle))
+	}
+	r.collect()
+	r.empty("a")
+}
