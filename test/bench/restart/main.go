@@ -11,7 +11,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -24,6 +23,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/engines/dir"
+	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
 	"github.com/quarry-csi/quarry/pkg/mover"
@@ -144,8 +144,7 @@ func start(ctx context.Context, bin, own, mnt string, images int) (ready, listed
 
 // fill makes the images with an Image Manager in this process.
 func fill(ctx context.Context, path string, images int) error {
-	klog.LogToStderr(false) // a line for each image helps nobody; errors are returned
-	klog.SetOutput(io.Discard)
+	ctx = klog.NewContext(ctx, klog.Logger{}) // a line for each image helps nobody; errors are returned
 	engine, err := dir.Open(ctx, map[string]string{"path": path}, host.Exec{})
 	if err != nil {
 		return err
@@ -159,16 +158,32 @@ func fill(ctx context.Context, path string, images int) error {
 	group.SetLimit(32)
 	snapshots := images / 5
 	for i := range images - snapshots {
+		name := fmt.Sprintf("pvc-%08d-0000-4000-8000-000000000000", i)
 		group.Go(func() error {
-			v, err := m.CreateVolume(gctx, image.CreateRequest{Name: fmt.Sprintf("pvc-%08d-0000-4000-8000-000000000000", i), Domains: []string{id},
-				Accesses: []image.Access{{Filesystem: "ext4", Mode: image.SingleNodeWriter}}, Size: 20 << 20,
-				Described: image.Described{Namespace: "a-namespace", Claim: fmt.Sprint("data-database-", i), Volume: fmt.Sprintf("pvc-%08d-0000-4000-8000-000000000000", i), Class: "standard"}})
+			v, err := again(func() (image.Image, error) {
+				return m.CreateVolume(gctx, image.CreateRequest{Name: name, Domains: []string{id}, Size: 20 << 20,
+					Accesses:  []image.Access{{Filesystem: "ext4", Mode: image.SingleNodeWriter}},
+					Described: image.Described{Namespace: "a-namespace", Claim: fmt.Sprint("data-database-", i), Volume: name, Class: "standard"}})
+			})
 			if err != nil || i >= snapshots {
 				return err
 			}
-			_, err = m.CreateSnapshot(gctx, image.SnapshotRequest{Name: fmt.Sprintf("snapshot-%08d-0000-4000-8000-000000000000", i), Source: v.Handle})
+			_, err = again(func() (image.Image, error) {
+				return m.CreateSnapshot(gctx, image.SnapshotRequest{Name: "snapshot-" + name, Source: v.Handle})
+			})
 			return err
 		})
 	}
 	return errors.Join(group.Wait(), m.Close())
+}
+
+// again repeats what may still be running, as a sidecar would.
+func again[T any](do func() (T, error)) (t T, err error) {
+	for range 100 {
+		if t, err = do(); !errors.Is(err, fault.Unavailable) && !errors.Is(err, fault.Pending) {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return t, err
 }
