@@ -10,6 +10,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -71,15 +72,16 @@ func run(ctx context.Context, c config) (err error) {
 	if err != nil {
 		return err
 	}
-	defer os.RemoveAll(dir)
 	mnt, err := makeFilesystem(ctx, dir, 3*c.data+1<<30)
 	if err != nil {
-		return err
+		return errors.Join(err, os.RemoveAll(dir))
 	}
 	defer func() {
-		if e := unix.Unmount(mnt, 0); e != nil && err == nil {
-			err = fmt.Errorf("unmount %s: %w", mnt, e)
+		if e := unix.Unmount(mnt, 0); e != nil { // then nothing below it is touched
+			err = errors.Join(err, fmt.Errorf("unmount %s: %w", mnt, e))
+			return
 		}
+		err = errors.Join(err, os.RemoveAll(dir))
 	}()
 	src, dst := filepath.Join(mnt, "src"), filepath.Join(mnt, "dst")
 	if err := makeImage(src, c); err != nil {
