@@ -120,14 +120,16 @@ func (s *story) deleting(img image.Image) { delete(s.acked, key(img)) }
 type scenario struct {
 	name    string
 	prepare func(s *story)
+	// userWrites: the request includes a write into a volume.
+	userWrites bool
 }
 
 func scenarios() []scenario {
 	list := []scenario{
-		{"create empty", func(s *story) {
+		{name: "create empty", prepare: func(s *story) {
 			s.creates("new", "a", image.Image{}, 0)
 		}},
-		{"snapshot", func(s *story) {
+		{name: "snapshot", prepare: func(s *story) {
 			v := s.volume("v", "a", 1)
 			s.seeds["snapshot s"] = []uint64{1}
 			s.run = func(s *story) error {
@@ -138,7 +140,7 @@ func scenarios() []scenario {
 				return err
 			}
 		}},
-		{"group snapshot", func(s *story) {
+		{name: "group snapshot", prepare: func(s *story) {
 			v, u := s.volume("v", "a", 1), s.volume("u", "a", 2)
 			s.seeds["member of "+v.Handle.String()], s.seeds["member of "+u.Handle.String()] = []uint64{1}, []uint64{2}
 			s.run = func(s *story) error {
@@ -159,7 +161,7 @@ func scenarios() []scenario {
 				return nil
 			}
 		}},
-		{"expand", func(s *story) {
+		{name: "expand", prepare: func(s *story) {
 			v := s.volume("v", "a", 1)
 			s.run = func(s *story) error {
 				img, err := s.w.Expand(s.w.ctx, v.Handle, 3*mib, 0)
@@ -169,7 +171,7 @@ func scenarios() []scenario {
 				return err
 			}
 		}},
-		{"attach and detach", func(s *story) {
+		{name: "attach and detach", prepare: func(s *story) {
 			v := s.volume("v", "a", 1)
 			s.run = func(s *story) error {
 				if _, err := s.w.Attach(s.w.ctx, v.Handle, "n1", s.w.access()[0], false); err != nil {
@@ -178,16 +180,16 @@ func scenarios() []scenario {
 				return s.w.Detach(s.w.ctx, v.Handle, "n1")
 			}
 		}},
-		{"delete volume", func(s *story) {
+		{name: "delete volume", prepare: func(s *story) {
 			v := s.volume("v", "a", 1)
 			s.snapshot("s", v)
 			s.deletes(v, func(s *story) error { return s.w.DeleteVolume(s.w.ctx, v.Handle) })
 		}},
-		{"delete snapshot", func(s *story) {
+		{name: "delete snapshot", prepare: func(s *story) {
 			img := s.snapshot("s", s.volume("v", "a", 1))
 			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
 		}},
-		{"delete group", func(s *story) {
+		{name: "delete group", prepare: func(s *story) {
 			v, u := s.volume("v", "a", 1), s.volume("u", "a", 2)
 			g, err := s.w.CreateGroup(s.w.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{v.Handle, u.Handle}})
 			s.w.must(err)
@@ -200,7 +202,7 @@ func scenarios() []scenario {
 				return err
 			})
 		}},
-		{"a name used again while clones of its first life exist", func(s *story) {
+		{name: "a name used again while clones of its first life exist", userWrites: true, prepare: func(s *story) {
 			first := s.volume("v", "a", 1)
 			snap := s.snapshot("s", first)
 			clone, err := s.w.create("clone", "a", snap, 0)
@@ -214,13 +216,13 @@ func scenarios() []scenario {
 		}},
 	}
 	for _, domain := range []string{"a", "b"} {
-		list = append(list, scenario{"create from snapshot into " + domain, func(s *story) {
+		list = append(list, scenario{name: "create from snapshot into " + domain, prepare: func(s *story) {
 			v := s.volume("v", "a", 1)
 			snap := s.snapshot("s", v)
 			s.w.write(v, 2)
 			s.seeds[key(v)] = []uint64{2}
 			s.creates("new", domain, snap, 1)
-		}}, scenario{"create from volume into " + domain, func(s *story) {
+		}}, scenario{name: "create from volume into " + domain, prepare: func(s *story) {
 			s.creates("new", domain, s.volume("v", "a", 1), 1)
 		}})
 	}

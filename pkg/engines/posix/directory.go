@@ -8,6 +8,7 @@
 //	tags/<class>/<name>  a tag; its class is its name up to the first dot
 //	tmp/                 what is not finished
 //	trash/               tree slabs that are deleted and wait for their removal
+//	reserve/             room for deletions on a full disk
 //
 // Everything is made in tmp/, made durable, put under its final name in one
 // step that fails when the name is taken (link, or rename of a directory that
@@ -61,6 +62,7 @@ type Directory struct {
 	trees                   Trees
 	host                    string   // prefix of this host's names in tmp/
 	classes                 sync.Map // classes of tags that are known to be durable
+	reserve                 reserve
 }
 
 // Open opens the directory at an absolute path that exists, and makes the
@@ -98,6 +100,8 @@ func Open(path string, trees Trees) (*Directory, error) {
 			return nil, errors.Join(Fault(err), d.Close())
 		}
 	}
+	d.reserve.missing.Store(true) // until looked at
+	d.keepReserve()
 	return d, nil
 }
 

@@ -204,11 +204,15 @@ func (d *Directory) DeleteSlab(ctx context.Context, id string) error {
 		return err
 	}
 	path, trash := filepath.Join(d.slabs.Name(), id), ""
-	err := unix.Unlinkat(int(d.slabs.Fd()), id, 0)
-	if err == unix.EISDIR {
-		trash = d.unique()
-		err = unix.Renameat(int(d.slabs.Fd()), id, int(d.trash.Fd()), trash)
-	}
+	defer d.keepReserve()
+	err := d.roomy(func() error {
+		err := unix.Unlinkat(int(d.slabs.Fd()), id, 0)
+		if err == unix.EISDIR {
+			trash = d.unique()
+			err = unix.Renameat(int(d.slabs.Fd()), id, int(d.trash.Fd()), trash)
+		}
+		return err
+	})
 	if err != nil && err != unix.ENOENT {
 		return Fault(&os.PathError{Op: "delete", Path: path, Err: err})
 	}

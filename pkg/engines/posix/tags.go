@@ -24,13 +24,16 @@ func (d *Directory) CreateTag(ctx context.Context, tag engine.Tag) error {
 	if err := errors.Join(engine.CheckTag(tag), Fault(ctx.Err())); err != nil {
 		return err
 	}
-	class, err := d.class(tag.Name, true)
+	var class *os.File
+	err := d.roomy(func() (err error) { class, err = d.class(tag.Name, true); return err })
 	if err != nil {
 		return Fault(err)
 	}
 	defer class.Close()
 	content := encodeTag(tag)
-	err = d.place(class, tag.Name, func(f *os.File) error { _, err := f.Write(content); return err })
+	err = d.roomy(func() error {
+		return d.place(class, tag.Name, func(f *os.File) error { _, err := f.Write(content); return err })
+	})
 	if !errors.Is(err, fs.ErrExist) {
 		return Fault(err)
 	}
@@ -60,7 +63,8 @@ func (d *Directory) DeleteTag(ctx context.Context, name string) error {
 		return Fault(err)
 	}
 	defer class.Close()
-	switch err := unix.Unlinkat(int(class.Fd()), name, 0); err {
+	defer d.keepReserve()
+	switch err := d.roomy(func() error { return unix.Unlinkat(int(class.Fd()), name, 0) }); err {
 	case nil, unix.ENOENT: // gone, but perhaps by someone who stopped before it was durable
 		return Fault(class.Sync())
 	case unix.EISDIR:
