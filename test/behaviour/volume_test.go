@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -206,25 +207,26 @@ func checksum(t *testing.T, path string, n int64) string {
 	return hex.EncodeToString(sum.Sum(nil))
 }
 
-// content lists a domain's slabs and tags with their sizes. Tags of openings
-// and of images that are gone are the manager's own affair.
+// content lists the files in folders of a domain, with their modes and sizes.
 func content(t *testing.T, p place, folders ...string) []string {
 	t.Helper()
 	var out []string
 	for _, folder := range folders {
-		entries, err := os.ReadDir(filepath.Join(p.path, folder))
+		err := filepath.WalkDir(filepath.Join(p.path, folder), func(path string, e fs.DirEntry, err error) error {
+			var info fs.FileInfo
+			if err == nil {
+				info, err = e.Info()
+			}
+			switch {
+			case errors.Is(err, fs.ErrNotExist): // the collector was faster
+				return nil
+			case err == nil && !e.IsDir():
+				out = append(out, fmt.Sprintf("%s %s %d", strings.TrimPrefix(path, p.path+"/"), info.Mode(), info.Size()))
+			}
+			return err
+		})
 		if err != nil {
 			t.Fatal(err)
-		}
-		for _, e := range entries {
-			info, err := e.Info()
-			if errors.Is(err, os.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-			out = append(out, fmt.Sprintf("%s/%s %s %d", folder, e.Name(), info.Mode(), info.Size()))
 		}
 	}
 	return out
