@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"slices"
 	"strings"
@@ -119,7 +120,7 @@ func (c *creation) compare(d *domain, rec record) error {
 	case layout != rec.layout():
 		return differs("layout", rec.layout(), layout)
 	case rec.Size < r.Size || r.Limit > 0 && rec.Size > r.Limit:
-		return differs("size", rec.Size, sizeRange(r.Size, r.Limit))
+		return differs("size", sizeRange(rec.Size, 0), sizeRange(r.Size, r.Limit))
 	case rec.Source != r.Source:
 		return differs("source", orNone(rec.Source), orNone(r.Source))
 	case !maps.Equal(rec.Params, r.Params):
@@ -131,9 +132,9 @@ func (c *creation) compare(d *domain, rec record) error {
 }
 
 func sizeRange(size, limit int64) string {
-	s := bytesText(size)
+	s := fmt.Sprintf("%s (%d bytes)", bytesText(size), size)
 	if limit > 0 {
-		s += " to " + bytesText(limit)
+		s += fmt.Sprintf(" to %s (%d bytes)", bytesText(limit), limit)
 	}
 	return s
 }

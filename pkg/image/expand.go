@@ -53,7 +53,7 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	}
 	give, err := d.reserve(ctx, size-rec.Size)
 	if err != nil {
-		return Image{}, err
+		return Image{}, fault.New(fault.KindOf(err), "growing from %s to %s: %w", bytesText(rec.Size), bytesText(size), err)
 	}
 	defer give()
 	op.stepf("growing the slab to %s", bytesText(size))

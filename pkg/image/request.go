@@ -164,7 +164,7 @@ func sizeFor(asked, limit, source, granularity int64, fs string, maxSlab int64) 
 	}
 	switch {
 	case limit > 0 && size > limit:
-		return 0, fault.New(fault.OutOfRange, "the smallest possible size is %d (minimum %d, steps of %d), which is above the limit %d", size, minSizes[fs], granularity, limit)
+		return 0, fault.New(fault.OutOfRange, "the limit %s (%d bytes) is too small: a volume with %s has at least %s (%d bytes) and is a multiple of %d", bytesText(limit), limit, cmp.Or(fs, "no filesystem"), bytesText(minSizes[fs]), minSizes[fs], granularity)
 	case maxSlab > 0 && size > maxSlab:
 		return 0, fault.New(fault.OutOfRange, "size %d is above %d, the largest that the storage allows", size, maxSlab)
 	}

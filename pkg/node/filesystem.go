@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"os"
 	"slices"
 	"strings"
 
@@ -151,8 +150,8 @@ func (n *Node) mount(ctx context.Context, r StageRequest, dev block.Device, fsTy
 	case host.Btrfs:
 		options = append(options, "subvolid=5") // whatever default a workload has set
 	}
-	if err := os.MkdirAll(r.StagingPath, 0o750); err != nil {
-		return fault.New(fault.Unavailable, "staging path %q: %w", r.StagingPath, err)
+	if err := makeStaging(r.StagingPath); err != nil {
+		return err
 	}
 	err := n.host.MountFilesystem(ctx, dev.Path, r.StagingPath, fsType, options)
 	if err == nil || !dev.ReadOnly {

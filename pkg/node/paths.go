@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
@@ -24,6 +25,9 @@ func (n *Node) realPath(ctx context.Context, what, path string) (string, error) 
 		real, err := filepath.EvalSymlinks(dir)
 		if err == nil {
 			return filepath.Join(real, rest), nil
+		}
+		if errors.Is(err, syscall.ENOTDIR) {
+			return "", fault.New(fault.Invalid, "%s %q: %w", what, path, err)
 		}
 		if !errors.Is(err, fs.ErrNotExist) {
 			return "", fault.New(fault.Unavailable, "%s %q: %w", what, path, err)
@@ -44,7 +48,7 @@ func (n *Node) checkPath(ctx context.Context, what, path string) error {
 		return fault.New(fault.Invalid, "%s %q is the root of this host", what, path)
 	}
 	if dir := n.cfg.KubeletDir; dir != "" && !strings.HasPrefix(path, filepath.Clean(dir)+"/") {
-		return fault.New(fault.Invalid, "%s %q is outside the kubelet's folder %q", what, path, dir)
+		return fault.New(fault.Invalid, "%s %q is not inside the kubelet's folder %q", what, path, dir)
 	}
 	// Neither the path nor, inside the kubelet's folder, one of its parents may
 	// lead elsewhere.
@@ -72,6 +76,18 @@ func (n *Node) checkPath(ctx context.Context, what, path string) error {
 func (n *Node) mountPoint(path string) bool {
 	at, err := n.host.MountsAt(path)
 	return err == nil && len(at) > 0
+}
+
+// makeStaging creates the directory to stage on.
+func makeStaging(path string) error {
+	err := os.MkdirAll(path, 0o750)
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.ENOTDIR):
+		return fault.New(fault.Invalid, "staging path %q: %w: a directory or nothing is needed there", path, err)
+	}
+	return fault.New(fault.Unavailable, "staging path %q: %w", path, err)
 }
 
 // makeTarget creates the directory, or for raw block the file, to mount on.

@@ -2,7 +2,6 @@ package node
 
 import (
 	"context"
-	"os"
 	"slices"
 	"time"
 
@@ -161,8 +160,8 @@ func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOn
 		if err := n.free(r.StagingPath); err != nil {
 			return err
 		}
-		if err := os.MkdirAll(r.StagingPath, 0o750); err != nil {
-			return fault.New(fault.Unavailable, "staging path %q: %w", r.StagingPath, err)
+		if err := makeStaging(r.StagingPath); err != nil {
+			return err
 		}
 		if err := n.host.MountFilesystem(ctx, anchorPrefix+r.Handle.String(), r.StagingPath, "tmpfs", []string{"ro", "size=4k", "nr_inodes=2", "mode=700"}); err != nil {
 			return err
