@@ -385,11 +385,14 @@ func (w *world) list(p process) []image.Image {
 
 // collect lets everything that is due be removed, however long it takes.
 func (w *world) collect() error {
-	for range 6 {
+	for round := range 8 {
 		if err := w.Collect(w.ctx); err != nil {
 			return err
 		}
 		w.clock.turn(11 * time.Minute)
+		if round == 2 { // a half-done copy waits so long for its request to be repeated
+			w.clock.turn(time.Hour)
+		}
 	}
 	return nil
 }
