@@ -188,6 +188,12 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 	defer d.mu.Unlock()
 	delete(img.attached, node)
 	delete(img.unsure, node)
+	for _, tag := range tags {
+		delete(img.badAttachments, tag)
+	}
+	if img.badAttachments != nil && len(img.badAttachments) == 0 {
+		img.broken, img.badTag, img.badAttachments = nil, false, nil
+	}
 	return nil
 }
 

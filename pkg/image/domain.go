@@ -59,14 +59,17 @@ type image struct {
 	described bool
 	desc      Described
 	broken    error
-	badTag    bool       // broken because of a tag, not of the slab
-	readers   int        // running copies of its slab
-	op        *operation // that is making it
-	promise   int64
-	slabGone  bool
-	lastOld   time.Time // when its last superseded revision was deleted
-	found     time.Time // when its leftovers were found at opening; zero: made by this process
-	pending   *pendingTag
+	badTag    bool // broken because of a tag, not of the slab
+	// badAttachments are the attachments that cannot be read, where nothing
+	// else made the image broken.
+	badAttachments map[string]struct{}
+	readers        int        // running copies of its slab
+	op             *operation // that is making it
+	promise        int64
+	slabGone       bool
+	lastOld        time.Time // when its last superseded revision was deleted
+	found          time.Time // when its leftovers were found at opening; zero: made by this process
+	pending        *pendingTag
 }
 
 type oldRevision struct {
@@ -352,7 +355,7 @@ func (img *image) usable() error {
 		return fault.New(fault.NotFound, "image %s was deleted", img.id)
 	}
 	if img.broken != nil {
-		return fault.New(fault.Corrupt, "image %s is broken: %w", img.id, img.broken)
+		return fault.New(fault.Corrupt, "image %s is broken: %w; restore what is missing, or delete it: see kubectl quarry check", img.id, img.broken)
 	}
 	return nil
 }

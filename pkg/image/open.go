@@ -214,7 +214,18 @@ func (d *domain) enterSide(t engine.Tag) {
 		var r attachRecord
 		if err := json.Unmarshal(t.Record, &r); err != nil || r.Node == "" {
 			// Somebody may be using the image, and it is not known who.
-			img.broken, img.badTag = fault.New(fault.Corrupt, "attachment %s cannot be read back", t.Name), true
+			if img.broken == nil {
+				img.broken, img.badTag = fault.New(fault.Corrupt, "attachment %s cannot be read back", t.Name), true
+				img.badAttachments = map[string]struct{}{}
+			}
+			if img.badAttachments != nil {
+				img.badAttachments[t.Name] = struct{}{}
+			}
+			// Its name says who it is, unless that is a hash. Once it is confirmed
+			// that the image is unstaged there, the attachment goes and all is well.
+			if node, ok := nodeOfAttachment(t.Name); ok {
+				img.attached[node] = &attachment{tag: t.Name, Attachment: Attachment{Node: node, Generation: int64(gen), Staged: true}}
+			}
 			return
 		}
 		if a := img.attached[r.Node]; a != nil && a.Generation > int64(gen) {

@@ -187,7 +187,7 @@ func (d *domain) reserve(ctx context.Context, size int64) (release func(), err e
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if n := d.left(r); size > n {
-		return nil, fault.New(fault.Exhausted, "%s (%d bytes) are asked for, domain %s has %s (%d bytes) left to promise (overcommit %g)",
+		return nil, fault.New(fault.Exhausted, "%s (%d bytes) are asked for, domain %s has %s (%d bytes) left to promise (overcommit %g): delete something, or give the storage more space",
 			bytesText(size), size, d.id, bytesText(n), n, d.cfg.Overcommit)
 	}
 	d.promised += size
@@ -242,10 +242,14 @@ func (d *domain) allocated(ctx context.Context, rec record, slab string) (n int6
 	switch {
 	case errors.Is(err, engine.ErrDeclined):
 		return 0, false, nil
+	case errors.Is(err, fault.NotFound): // as an answer it would say that the image does not exist
+		return 0, false, fault.New(fault.Corrupt, "slab %s is missing; restore it, or delete its image: see kubectl quarry check", slab)
+	case errors.Is(err, fault.Corrupt):
+		return 0, false, fault.New(fault.Corrupt, "%w; restore it, or delete its image: see kubectl quarry check", err)
 	case err != nil:
 		return 0, false, err
 	case rec.Kind == string(engine.Block) && u.Total < rec.Size:
-		return 0, false, fault.New(fault.Corrupt, "slab %s has %d bytes, recorded are %d: it was truncated; see kubectl quarry check", slab, u.Total, rec.Size)
+		return 0, false, fault.New(fault.Corrupt, "slab %s has %d bytes, recorded are %d: it was truncated; restore it, or delete its image: see kubectl quarry check", slab, u.Total, rec.Size)
 	}
 	return u.Used, true, nil
 }

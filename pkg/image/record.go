@@ -89,6 +89,16 @@ func attachmentTag(id, node string, gen revision) string {
 	return prefixAttachment + id + "." + short + "." + gen.String()
 }
 
+// nodeOfAttachment reads the node out of an attachment's name; ok is false
+// where the name holds its hash only.
+func nodeOfAttachment(tag string) (node string, ok bool) {
+	parts := strings.Split(tag, ".")
+	if len(parts) != 4 || strings.HasPrefix(parts[2], "h-") {
+		return "", false
+	}
+	return parts[2], true
+}
+
 // incarnation makes an image ID: the hash of the CSI name (80 bits, so that
 // it is short and needs no escaping) and the revision of the intent.
 func incarnation(space, name string, r revision) string {

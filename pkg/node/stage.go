@@ -2,6 +2,7 @@ package node
 
 import (
 	"context"
+	"errors"
 	"slices"
 	"time"
 
@@ -48,6 +49,9 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		return err
 	}
 	r.StagingPath = staging
+	if fi, err := n.host.Stat(ctx, staging); err == nil && !fi.Mode.IsDir() {
+		return fault.New(fault.Invalid, "staging path %q is %s: a directory or nothing is needed there", staging, fi.Mode)
+	}
 	if err := checkFlags(r.MountFlags, r.Access.Block); err != nil {
 		return err
 	}
@@ -77,7 +81,7 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 	for _, id := range st.Slabs {
 		a, err := e.AttachSlab(ctx, id, engine.AttachOptions{ReadOnly: readOnly})
 		if err != nil {
-			return err
+			return damaged(err)
 		}
 		paths = append(paths, a.Path)
 	}
@@ -94,7 +98,7 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 	}
 	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: paths, Size: st.Size, ReadOnly: readOnly})
 	if err != nil {
-		return err
+		return damaged(err)
 	}
 	if dev.Note != "" {
 		klog.FromContext(ctx).Info("No direct I/O", "image", r.Handle, "reason", dev.Note)
@@ -107,6 +111,15 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		return err
 	}
 	return nil
+}
+
+// damaged adds to an error about a slab what to do. The image exists: a
+// missing slab must not look as if it did not.
+func damaged(err error) error {
+	if errors.Is(err, fault.NotFound) || errors.Is(err, fault.Corrupt) {
+		return fault.New(fault.Corrupt, "%w; restore it, or delete its image: see kubectl quarry check", err)
+	}
+	return err
 }
 
 // fits compares what is asked with what the image is.
