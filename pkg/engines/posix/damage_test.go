@@ -198,6 +198,15 @@ func TestCleanRemovesOnlyWhatIsDead(t *testing.T) {
 	}
 	dead := []string{make("trash/"+d.unique(), time.Now()), make("trash/00000000.X", time.Now()), make("tmp/"+d.unique(), old)}
 	alive := []string{make("tmp/"+d.unique(), time.Now()), make("tmp/00000000.OTHERHOST", old)}
+	// Of what is neither new nor old, the lock tells.
+	recent := time.Now().Add(-10 * time.Second)
+	dead = append(dead, make("tmp/"+d.unique(), recent))
+	held := make("tmp/"+d.unique(), recent)
+	f, err := os.Open(held)
+	ok(t, err)
+	defer f.Close()
+	hold(f)
+	alive = append(alive, held)
 	ok(t, d.Clean(t.Context()))
 	for _, p := range dead {
 		if _, err := os.Stat(p); !os.IsNotExist(err) {

@@ -35,9 +35,14 @@ import (
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
-// deadAfter is the age at which a left-over in tmp/ is swept. No verb takes that
-// long; one that did finds its file gone, and fails with nothing done.
-const deadAfter = 24 * time.Hour
+// What is in tmp/ is locked (flock) by who makes it. A left-over that nobody
+// holds is swept at the age of abandonedAfter, which only bridges the moment
+// between making and locking; at deadAfter whatever the lock says, because some
+// storages have none. No verb takes that long.
+const (
+	abandonedAfter = 2 * time.Second
+	deadAfter      = 24 * time.Hour
+)
 
 // Trees makes the data directories of tree slabs. A storage with something
 // better than plain directories (subvolumes, quotas) brings its own. wrapper is
@@ -128,7 +133,7 @@ func (d *Directory) Close() error {
 func (d *Directory) Path() string { return d.path }
 
 // Clean removes what earlier processes left: trees that were deleted, and what
-// this host began over a day ago. Other processes may be at work here.
+// this host began and nobody works on any more. Other processes may be at work here.
 func (d *Directory) Clean(ctx context.Context) error {
 	err := d.removeAll(ctx, d.trash, "trash", func(string) bool { return true })
 	now, probe := time.Time{}, d.unique()
@@ -142,9 +147,27 @@ func (d *Directory) Clean(ctx context.Context) error {
 	errProbe = errors.Join(f.Close(), unix.Unlinkat(int(d.tmp.Fd()), probe, 0))
 	return errors.Join(err, Fault(errProbe), d.removeAll(ctx, d.tmp, "tmp", func(name string) bool {
 		info, err := d.root.Lstat("tmp/" + name)
-		return strings.HasPrefix(name, d.host) && err == nil && now.Sub(info.ModTime()) > deadAfter
+		if err != nil || !strings.HasPrefix(name, d.host) {
+			return false
+		}
+		age := now.Sub(info.ModTime())
+		return age > deadAfter || age > abandonedAfter && d.abandoned(name)
 	}))
 }
+
+// abandoned says whether nobody holds something in tmp/.
+func (d *Directory) abandoned(name string) bool {
+	f, err := openat(d.tmp, name, unix.O_RDONLY|unix.O_NONBLOCK)
+	if err != nil {
+		return false
+	}
+	defer f.Close() // was only read; it also unlocks
+	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+}
+
+// hold locks something in tmp/ for as long as f is open. Where the storage has
+// no locks, its age alone protects it.
+func hold(f *os.File) { _ = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) }
 
 func (d *Directory) removeAll(ctx context.Context, dir *os.File, folder string, dead func(name string) bool) error {
 	var errs []error
@@ -176,6 +199,7 @@ func (d *Directory) Scratch(do func(folder *os.File) error) error {
 	}
 	folder, err := openat(d.tmp, name, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err == nil {
+		hold(folder)
 		err = errors.Join(do(folder), folder.Close())
 	}
 	return errors.Join(Fault(err), d.remove("tmp", name))
@@ -203,6 +227,7 @@ func (d *Directory) tryPlace(dir *os.File, name string, fill func(*os.File) erro
 	if err != nil {
 		return err
 	}
+	hold(f)
 	// Either may fail without harm: the file is synced, and what stays in tmp/ is swept.
 	defer func() { f.Close(); unix.Unlinkat(int(d.tmp.Fd()), tmp, 0) }()
 	if err := fill(f); err != nil {
