@@ -63,6 +63,7 @@ func TestAFullDiskIsSaidClearlyCleanedUpAndForgottenOnceThereIsSpace(t *testing.
 			v.unmount()
 			snap := r.snapshot(v, "s")
 			doomed := []*volume{r.volume("small", "d0", 16*mib, filesystem("ext4")), r.volume("small", "d1", 16*mib, filesystem("ext4"))}
+			fresh := r.volume("small", "fresh", 320*mib, filesystem("xfs"))
 			doomedSnap := r.snapshot(doomed[0], "ds")
 
 			// Room for tags, and for the beginning of a copy.
@@ -110,6 +111,13 @@ func TestAFullDiskIsSaidClearlyCleanedUpAndForgottenOnceThereIsSpace(t *testing.
 			for what, try := range copies {
 				everything[what] = try
 			}
+			t.Run("format with none", func(t *testing.T) {
+				err := fresh.stage()
+				refusal(t, err, codes.ResourceExhausted, "small")
+				if len(r.loops())+len(r.mounts()) > 0 {
+					t.Errorf("a refused stage left %v, %v", r.loops(), r.mounts())
+				}
+			})
 			for what, try := range everything {
 				t.Run(what+" with none", func(t *testing.T) {
 					err := try()
@@ -141,6 +149,7 @@ func TestAFullDiskIsSaidClearlyCleanedUpAndForgottenOnceThereIsSpace(t *testing.
 			for what, try := range everything {
 				r.eventually(what+" with space again", try) // XFS gives the space of a deleted file back later
 			}
+			fresh.works()
 			v.mount()
 			if got := checksum(t, filepath.Join(v.target, "data"), 48*mib); got != sum {
 				t.Error("the volume that was there all the time has changed")

@@ -366,3 +366,30 @@ func TestTheParametersOfTheSidecarsAreTaken(t *testing.T) {
 		t.Errorf("kubectl-quarry images does not name the claim:\n%s", out)
 	}
 }
+
+// A size that is not said, or that is too small, becomes one that is possible.
+func TestSizesThatAreLeftOutOrTooSmallAreRaised(t *testing.T) {
+	p := on(t, "one", "ext4", 64*mib)
+	p.more = "  overcommit: 1000\n"
+	r := newRig(t, p)
+	for name, c := range map[string]struct {
+		asked *csi.CapacityRange
+		fs    string
+		want  int64
+	}{
+		"not said":            {nil, "ext4", 1 << 30},
+		"zero":                {&csi.CapacityRange{}, "ext4", 1 << 30},
+		"a limit only":        {&csi.CapacityRange{LimitBytes: 32 * mib}, "ext4", 32 * mib},
+		"one byte":            {&csi.CapacityRange{RequiredBytes: 1}, "xfs", 300 * mib},
+		"not a multiple":      {&csi.CapacityRange{RequiredBytes: 16*mib + 1}, "ext4", 16*mib + 4096},
+		"as large as allowed": {&csi.CapacityRange{RequiredBytes: 16 * mib, LimitBytes: 16 * mib}, "ext4", 16 * mib},
+	} {
+		t.Run(name, func(t *testing.T) {
+			req := creation("one", name, 0, filesystem(c.fs))
+			req.CapacityRange = c.asked
+			if got := must(r, r.CreateVolume, req).GetVolume().GetCapacityBytes(); got != c.want {
+				t.Errorf("it has %d bytes, want %d", got, c.want)
+			}
+		})
+	}
+}

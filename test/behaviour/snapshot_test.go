@@ -36,7 +36,7 @@ func TestSnapshotsOfAVolumeUnderConstantWritesAreConsistent(t *testing.T) {
 				v := r.volume(p.name, name, 320*mib, filesystem(fs)).mount()
 				fill(t, filepath.Join(v.target, "bulk"), 1, 16*mib)
 				w := startWriter(t, v.target)
-				for i := range 4 {
+				for i := range 3 {
 					w.goesOn(r)
 					durable := w.synced.Load()
 					snap := r.snapshot(v, fmt.Sprintf("%s-snap-%d", name, i))
