@@ -60,6 +60,9 @@ func (d *domain) collect(ctx context.Context) error {
 	if err := d.current(ctx); err != nil {
 		return err
 	}
+	if err := d.readDescriptions(ctx); err != nil {
+		return err
+	}
 	var errs []error
 	errs = append(errs, d.collectPins(ctx))
 	for _, img := range d.list() {

@@ -332,7 +332,7 @@ func (d *domain) describe(ctx context.Context, img *image, desc Described) error
 	if have || desc.empty() {
 		return nil
 	}
-	if err := d.engine.CreateTag(ctx, engine.Tag{Name: prefixDescribe + img.id, Slab: img.id, Record: body}); err != nil {
+	if err := d.engine.CreateTag(ctx, engine.Tag{Name: prefixDescribe + img.id, Slab: img.id, Record: body}); err != nil && !errors.Is(err, fault.Exists) {
 		return err
 	}
 	d.mu.Lock()

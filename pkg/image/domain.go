@@ -39,8 +39,10 @@ type domain struct {
 	known    map[string]struct{}  // i. tags of lower epochs that the opening listing held
 	strays   map[string]time.Time // slabs and tags that nothing references, and since when
 	scanned  time.Time            // when strays were last looked for
-	kick     chan struct{}        // wakes the collector
-	copyRate float64              // bytes per second of the last default copy; 0: none yet
+	// described says that the descriptions are in the index.
+	described bool
+	kick      chan struct{} // wakes the collector
+	copyRate  float64       // bytes per second of the last default copy; 0: none yet
 }
 
 // image is an entry of the index.
@@ -177,13 +179,11 @@ func (d *domain) create(ctx context.Context, img *image, p *pendingTag) error {
 func (d *domain) createTag(ctx context.Context, t engine.Tag) (err error) {
 	rev, ok := revisionOf(t.Name)
 	d.mu.Lock()
-	switch {
-	case d.fenced != nil:
-		err = d.fenced
-	case ok:
-		err = d.underWay.begin(t.Name, rev)
-	}
+	err = d.fenced
 	d.mu.Unlock()
+	if err == nil && ok {
+		err = d.begin(ctx, t.Name, rev)
+	}
 	if err != nil {
 		return err
 	}

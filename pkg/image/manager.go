@@ -112,7 +112,7 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	}
 	d := &domain{m: m, cfg: cfg, engine: e, caps: engine.Discover(e), desc: desc, images: map[string]*image{},
 		names: map[string]string{}, pins: map[string]pinRecord{}, oldTags: map[string]time.Time{},
-		known: map[string]struct{}{}, underWay: underWay{counters: map[uint32]string{}}, strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1)}
+		known: map[string]struct{}{}, underWay: newUnderWay(), strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1)}
 	if err := d.open(ctx); err != nil {
 		return "", err
 	}

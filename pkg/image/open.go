@@ -27,7 +27,7 @@ func (d *domain) open(ctx context.Context) error {
 			return err
 		}
 		var err error
-		if tags, err = d.engine.ListTags(ctx, ""); err != nil {
+		if tags, err = d.listOpening(ctx); err != nil {
 			return fault.In(err, "index the tags", d.cfg.Name, "")
 		}
 		highest := highestEpoch(tags)
@@ -47,6 +47,44 @@ func (d *domain) open(ctx context.Context) error {
 	}
 	d.index(counting)
 	return d.inspect(ctx)
+}
+
+// listOpening lists everything that the index needs. Descriptions, which are
+// for people only and half of all tags, are read later.
+func (d *domain) listOpening(ctx context.Context) ([]engine.Tag, error) {
+	var tags []engine.Tag
+	for _, prefix := range []string{prefixDomain, prefixOpening, prefixImage, prefixAttachment, prefixPin, prefixEpoch} {
+		list, err := d.engine.ListTags(ctx, prefix)
+		if err != nil {
+			return nil, err
+		}
+		tags = append(tags, list...)
+	}
+	return tags, nil
+}
+
+// readDescriptions enters the descriptions into the index, once.
+func (d *domain) readDescriptions(ctx context.Context) error {
+	d.mu.Lock()
+	done := d.described
+	d.mu.Unlock()
+	if done {
+		return nil
+	}
+	tags, err := d.engine.ListTags(ctx, prefixDescribe)
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, t := range tags {
+		if img := d.images[strings.TrimPrefix(t.Name, prefixDescribe)]; img != nil {
+			img.described = true
+			_ = json.Unmarshal(t.Record, &img.desc) // for people only: may be missing
+		}
+	}
+	d.described = true
+	return nil
 }
 
 // claim creates an epoch tag higher than every other.
@@ -195,15 +233,8 @@ func (d *domain) enter(id string, revs []found, now time.Time) {
 	}
 }
 
-// enterSide indexes a tag that belongs to an image: description, attachment, pin.
+// enterSide indexes a tag that belongs to an image: attachment or pin.
 func (d *domain) enterSide(t engine.Tag) {
-	if id, ok := strings.CutPrefix(t.Name, prefixDescribe); ok {
-		if img := d.images[id]; img != nil {
-			img.described = true
-			_ = json.Unmarshal(t.Record, &img.desc) // for people only: may be missing
-		}
-		return
-	}
 	if s, ok := strings.CutPrefix(t.Name, prefixAttachment); ok {
 		id, _, _ := strings.Cut(s, ".")
 		gen, ok := parseRevision(t.Name[strings.LastIndexByte(t.Name, '.')+1:])

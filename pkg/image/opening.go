@@ -173,26 +173,32 @@ func (d *domain) settle(ctx context.Context, tags []engine.Tag) ([]engine.Tag, e
 type underWay struct {
 	counters map[uint32]string // counter: tag
 	top      uint32            // the highest that ever was under way
+	ended    chan struct{}     // closed, and replaced, when one ends
 }
 
-// begin notes that a tag is going to be created. fault.Unavailable: one that is
-// still under way is too far behind. The caller holds d.mu.
-func (u *underWay) begin(name string, r revision) error {
+func newUnderWay() underWay {
+	return underWay{counters: map[uint32]string{}, ended: make(chan struct{})}
+}
+
+// begin notes that a tag is going to be created. Where one that is still under
+// way is too far behind it returns that tag's name: wait for ended and try again.
+// fault.Unavailable: the tag itself is too far behind. The caller holds d.mu.
+func (u *underWay) begin(name string, r revision) (behind string, err error) {
 	counter := uint32(r)
 	if _, again := u.counters[counter]; again {
-		return nil
+		return "", nil
 	}
 	if counter+window <= u.top {
-		return fault.New(fault.Unavailable, "tag %s comes too late: %d others were created meanwhile; try again", name, window)
+		return "", fault.New(fault.Unavailable, "tag %s comes too late: %d others were created meanwhile; try again", name, window)
 	}
 	for c, other := range u.counters {
 		if c+window <= counter {
-			return fault.New(fault.Unavailable, "the outcome of creating tag %s is unknown, and %d others were created since: nothing more is until it is known", other, window)
+			return other, nil
 		}
 	}
 	u.counters[counter] = name
 	u.top = max(u.top, counter)
-	return nil
+	return "", nil
 }
 
 // has says whether a tag is under way.
@@ -202,4 +208,32 @@ func (u *underWay) has(r revision) bool {
 }
 
 // end notes that nothing will create the tag any more.
-func (u *underWay) end(r revision) { delete(u.counters, uint32(r)) }
+func (u *underWay) end(r revision) {
+	delete(u.counters, uint32(r))
+	close(u.ended)
+	u.ended = make(chan struct{})
+}
+
+// patience is how long a new tag waits for one that is too far behind.
+const patience = 10 * time.Second
+
+// begin waits until a tag may be created. fault.Unavailable: an older one has an
+// unknown outcome, and nothing more is created until that is known.
+func (d *domain) begin(ctx context.Context, name string, r revision) error {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		d.mu.Lock()
+		behind, err := d.underWay.begin(name, r)
+		ended := d.underWay.ended
+		d.mu.Unlock()
+		if behind == "" || err != nil {
+			return err
+		}
+		select {
+		case <-ended:
+		case <-ctx.Done():
+			return fault.New(fault.Unavailable, "tag %s is not created yet or has an unknown outcome, and %d others were created since: nothing more is until that is known; try again", behind, window)
+		}
+	}
+}

@@ -30,7 +30,8 @@ const (
 	prefixDescribe   = "d."
 	prefixAttachment = "a."
 	prefixPin        = "p."
-	nameDomainID     = "n.id"
+	prefixDomain     = "n."
+	nameDomainID     = prefixDomain + "id"
 )
 
 // recordVersion is the format that this code writes, and the newest that it reads.

@@ -268,11 +268,11 @@ func each(ctx context.Context, dir *os.File, name string, do func(folder *os.Fil
 		return err
 	}
 	defer folder.Close()
-	names, err := folder.Readdirnames(-1)
+	list, err := names(folder)
 	if err != nil {
 		return err
 	}
-	for _, name := range names {
+	for _, name := range list {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
