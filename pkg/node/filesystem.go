@@ -9,6 +9,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -104,7 +105,7 @@ func (n *Node) prepare(ctx context.Context, h image.Handle, st image.Staging, de
 			return fault.New(fault.Corrupt, "the image was never formatted, but its device shows %s: nothing was written; if that is of no value, clear it with \"wipefs -a\" on the slab, else restore the image's record", found)
 		}
 		if err := n.host.Format(ctx, dev.Path, fsType, st.Size); err != nil {
-			return err
+			return n.short(ctx, h, err)
 		}
 		return n.cfg.Manager.Formatted(ctx, h, n.cfg.NodeID, fsType)
 	}
@@ -194,4 +195,26 @@ func (n *Node) room(ctx context.Context, h image.Handle, dev block.Device, fsTyp
 func hasGroup(path string, gid int) bool {
 	var st unix.Stat_t
 	return unix.Lstat(path, &st) == nil && int(st.Gid) == gid
+}
+
+// formatNeeds is what a format writes at least, in bytes: the log of the smallest
+// XFS has 64 MiB, and there is more than the log.
+const formatNeeds = 96 << 20
+
+// short makes an error of a failed format fault.Exhausted where the domain's
+// storage, which is asked and not the program's text, has no room for one.
+func (n *Node) short(ctx context.Context, h image.Handle, err error) error {
+	e, eerr := n.cfg.Engines(h.Domain)
+	if eerr != nil {
+		return err
+	}
+	meter := engine.Discover(e).Meter
+	if meter == nil {
+		return err
+	}
+	u, merr := meter.DomainUsage(ctx)
+	if merr != nil || u.Available >= formatNeeds {
+		return err
+	}
+	return fault.New(fault.Exhausted, "%w (its storage has only %d bytes left: delete something, or give it more space)", err, u.Available)
 }
