@@ -112,7 +112,7 @@ func TestAKillDuringAQuiescedCopyThawsAndLeavesNothing(t *testing.T) {
 	if err := <-answered; err == nil {
 		t.Fatal("the snapshot was made before the kill: the test proves nothing")
 	}
-	w.goesOn(r) // thawed by the watchdog, without Quarry, or by the next start at the latest
+	w.goesOn(r) // thawed by the watchdog: there is no Quarry
 	r.start()
 	w.goesOn(r)
 	r.snapshot(v, "s")
