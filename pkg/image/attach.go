@@ -5,6 +5,8 @@ import (
 	"errors"
 	"slices"
 
+	"k8s.io/klog/v2"
+
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
@@ -173,15 +175,18 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 	if staged {
 		return fault.New(fault.Unavailable, "it is still staged on node %s", node)
 	}
+	if err := d.endAttachment(ctx, img, node); err != nil {
+		return err
+	}
 	d.mu.Lock()
 	tags := slices.Clone(img.unsure[node])
 	if a := img.attached[node]; a != nil {
 		tags = append(tags, a.tag)
 	}
 	d.mu.Unlock()
-	for _, tag := range tags {
+	for _, tag := range tags { // the collector removes what stays, and the end after them
 		if err := d.deleteTag(ctx, tag); err != nil {
-			return err
+			klog.FromContext(ctx).Info("An ended attachment is left to the collector", "image", img.id, "tag", tag, "err", err)
 		}
 	}
 	d.mu.Lock()
@@ -195,6 +200,17 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 		img.broken, img.badTag, img.badAttachments = nil, false, nil
 	}
 	return nil
+}
+
+// endAttachment seals that an image is not attached to a node any more. A
+// manager that was overtaken meanwhile has thereby changed nothing, which the
+// deletion of a tag could not promise.
+func (d *domain) endAttachment(ctx context.Context, img *image, node string) error {
+	body, err := marshal(attachRecord{Node: node, Ended: true, Nonce: nonce()})
+	if err != nil {
+		return err
+	}
+	return d.createTag(ctx, engine.Tag{Name: attachmentTag(img.id, node, d.next()), Record: body})
 }
 
 // maybeNodes are the nodes that the image is, or by an unknown outcome may be,

@@ -380,7 +380,16 @@ func (d *domain) findStrays(ctx context.Context) ([]stray, []engine.Slab, error)
 			out = append(out, stray{slab: true, name: s.ID, size: s.Size, why: "no image needs this slab"})
 		}
 	}
+	last, several := lastAttachments(tags), map[string]bool{}
 	for _, t := range tags {
+		if key := attachmentKey(t.Name); key != "" && last[key] != t.Name {
+			several[key] = true
+		}
+	}
+	for _, t := range tags {
+		if key := attachmentKey(t.Name); several[key] && last[key] == t.Name {
+			continue // it tells the earlier ones ended: they go first
+		}
 		if why := d.strayTag(t.Name); why != "" {
 			out = append(out, stray{name: t.Name, why: why})
 		}
@@ -431,7 +440,7 @@ func (d *domain) strayTag(name string) string {
 				return ""
 			}
 		}
-		return "it is an attachment that was never confirmed or was superseded"
+		return "it is an attachment that has ended, was superseded or was never confirmed"
 	}
 	return ""
 }

@@ -193,9 +193,32 @@ func (d *domain) index(tags []engine.Tag) {
 	for id, revs := range byImage {
 		d.enter(id, revs, now)
 	}
+	last := lastAttachments(tags)
 	for _, t := range tags {
-		d.enterSide(t)
+		if key := attachmentKey(t.Name); key == "" || last[key] == t.Name {
+			d.enterSide(t) // of an image's attachments to a node, the last counts
+		}
 	}
+}
+
+// attachmentKey is what the attachments of an image to a node have in common,
+// "" for other tags.
+func attachmentKey(name string) string {
+	if i := strings.LastIndexByte(name, '.'); strings.HasPrefix(name, prefixAttachment) && i > len(prefixAttachment) {
+		return name[:i]
+	}
+	return ""
+}
+
+// lastAttachments finds the youngest attachment tag by key.
+func lastAttachments(tags []engine.Tag) map[string]string {
+	last := map[string]string{}
+	for _, t := range tags { // generations have a fixed width
+		if key := attachmentKey(t.Name); key != "" && t.Name > last[key] {
+			last[key] = t.Name
+		}
+	}
+	return last
 }
 
 type found struct {
@@ -259,8 +282,8 @@ func (d *domain) enterSide(t engine.Tag) {
 			}
 			return
 		}
-		if a := img.attached[r.Node]; a != nil && a.Generation > int64(gen) {
-			return // this one was asked for again
+		if r.Ended {
+			return
 		}
 		img.attached[r.Node] = &attachment{tag: t.Name, Attachment: Attachment{Node: r.Node, Mode: r.Mode, Block: r.Block,
 			ReadOnly: r.ReadOnly, Generation: int64(gen), Staged: true}} // until the agent says otherwise

@@ -22,7 +22,7 @@ import (
 //	n.id                                      the ID of a node-scope domain
 //	i.<image>.<revision, 16 hex>              an image's record
 //	d.<image>                                 its description for people
-//	a.<image>.<node>.<generation, 16 hex>     an attachment
+//	a.<image>.<node>.<generation, 16 hex>     an attachment, or its end: the highest generation counts
 //	p.<image>.<revision, 16 hex>              a pin: a copy into another domain reads this image
 const (
 	prefixEpoch      = "e."
@@ -266,6 +266,7 @@ type attachRecord struct {
 	Block    bool   `json:"b,omitempty"`
 	FS       string `json:"fs,omitempty"`
 	ReadOnly bool   `json:"ro,omitempty"`
+	Ended    bool   `json:"e,omitempty"` // the image is not attached to the node any more
 	Nonce    string `json:"no"`
 }
 

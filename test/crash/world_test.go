@@ -442,8 +442,14 @@ func (w *world) noLeaks(groups int) {
 			w.fatalf("slabs in %s: %v, the images have %v", d, have, slabs)
 		}
 		records := slices.DeleteFunc(w.onDisk(d, "tags"), func(s string) bool {
-			id, described := strings.CutPrefix(s, "d.")
-			return described && slices.ContainsFunc(images, func(i image.Image) bool { return i.Handle.Image == id })
+			return slices.ContainsFunc(images, func(i image.Image) bool {
+				if s == "d."+i.Handle.Image {
+					return true
+				}
+				return slices.ContainsFunc(i.Attachments, func(a image.Attachment) bool {
+					return s == fmt.Sprintf("a.%s.%s.%016x", i.Handle.Image, a.Node, a.Generation)
+				})
+			})
 		})
 		if len(records) != tags {
 			w.fatalf("tags in %s: %v, for %d images and groups", d, records, tags)
