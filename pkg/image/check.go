@@ -49,6 +49,11 @@ func (d *domain) check(ctx context.Context) ([]Finding, error) {
 		out = append(out, Finding{ID: findingID(d.id, string(kind), object), Kind: kind, Domain: d.id, Object: object,
 			Message: fmt.Sprintf(format, args...), Fix: fix, Bytes: bytes})
 	}
+	for _, s := range slabs {
+		if !d.ours(s.ID) {
+			add(FindingReport, s.ID, 0, "", "this slab has a name that Quarry never gives: it is left alone; remove it if you know it")
+		}
+	}
 	for _, s := range strays {
 		add(FindingClean, s.name, s.size, "delete it", "%s", s.why)
 	}

@@ -67,12 +67,25 @@ func (m *Manager) deleteImage(ctx context.Context, op *operation, img *image) er
 	if nodes := img.nodes(); len(nodes) > 0 {
 		return fault.New(fault.InUse, "it is attached to %s: detach it first", strings.Join(nodes, ", "))
 	}
+	if tag := img.badAttachment(); tag != "" {
+		return fault.New(fault.InUse, "its attachment %s cannot be read back, so nobody knows who uses it: restore that tag, or remove it when no node does", tag)
+	}
 	rec.Strong, rec.Op = false, opDelete
 	if err := d.commit(ctx, img, rec, slab); err != nil {
 		return err
 	}
 	d.collectSoon()
 	return nil
+}
+
+// badAttachment names an attachment whose node is not known, or "".
+func (img *image) badAttachment() string {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	for tag := range img.badAttachments {
+		return tag
+	}
+	return ""
 }
 
 // nodes that an image is attached to, sorted.

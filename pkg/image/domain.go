@@ -42,6 +42,7 @@ type domain struct {
 	// described says that the descriptions are in the index.
 	described bool
 	kick      chan struct{} // wakes the collector
+	learned   time.Time     // when copyRate was
 	copyRate  float64       // bytes per second of the last default copy; 0: none yet
 }
 

@@ -155,6 +155,10 @@ func (img *image) used() bool {
 	return false
 }
 
+// rateKept is how long a measured rate is believed: a storage is not for ever as
+// slow as it was in a bad minute.
+const rateKept = 10 * time.Minute
+
 // learn remembers how fast the domain copies; tooSlow uses it, so that a
 // workload is not stopped again and again for a copy that cannot succeed.
 func (d *domain) learn(bytes int64, took time.Duration) {
@@ -163,13 +167,14 @@ func (d *domain) learn(bytes int64, took time.Duration) {
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.copyRate = float64(bytes) / took.Seconds()
+	d.copyRate, d.learned = float64(bytes)/took.Seconds(), d.m.cfg.Now()
 }
 
 func (d *domain) tooSlow(bytes int64, limit time.Duration) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.copyRate > 0 && float64(bytes)/d.copyRate > limit.Seconds()
+	known := d.copyRate > 0 && d.m.cfg.Now().Sub(d.learned) < rateKept
+	return known && float64(bytes)/d.copyRate > limit.Seconds()
 }
 
 // quiet is an image whose writers were asked to be still.

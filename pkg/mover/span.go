@@ -3,6 +3,7 @@ package mover
 import (
 	"bytes"
 	"context"
+	"errors"
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
@@ -101,7 +102,7 @@ func (p *pair) copyRange(off, n int64) (int64, error) {
 func (p *pair) readFull(buf []byte, off int64) error {
 	for len(buf) > 0 {
 		c, err := p.direct.read(buf, off)
-		if err == errBuffered {
+		if errors.Is(err, errBuffered) {
 			c, err = retryN(func() (int, error) { return unix.Pread(p.src, buf, off) })
 		}
 		if err != nil {
@@ -118,7 +119,7 @@ func (p *pair) readFull(buf []byte, off int64) error {
 func (p *pair) writeFull(buf []byte, off int64) error {
 	for len(buf) > 0 {
 		c, err := p.direct.write(buf, off)
-		if err == errBuffered {
+		if errors.Is(err, errBuffered) {
 			c, err = retryN(func() (int, error) { return unix.Pwrite(p.dst, buf, off) })
 		}
 		if err != nil {

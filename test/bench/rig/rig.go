@@ -144,7 +144,7 @@ func (q *Quarry) ready(ctx context.Context, socket string) error {
 func (q *Quarry) pause(ctx context.Context) error {
 	select {
 	case err := <-q.exited:
-		return fmt.Errorf("quarry ended while starting: %v", err)
+		return fmt.Errorf("quarry ended while starting: %w", err)
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-time.After(2 * time.Millisecond):
