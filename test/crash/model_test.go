@@ -112,7 +112,6 @@ func (m *model) pick(ok func(*modelImage) bool) *modelImage {
 }
 
 func volumes(mi *modelImage) bool    { return mi.img.Mutable }
-func snapshots(mi *modelImage) bool  { return !mi.img.Mutable }
 func anything(*modelImage) bool      { return true }
 func standalone(mi *modelImage) bool { return mi.img.Group == "" }
 
@@ -171,7 +170,7 @@ func (m *model) operate() {
 			m.seeds++
 			v.seed = m.seeds
 			m.note("write %d into %s", v.seed, v.img.Handle)
-			m.world.write(v.img, v.seed)
+			m.write(v.img, v.seed)
 		}
 	case n < 92:
 		m.remove()

@@ -160,8 +160,8 @@ func (r *run) kill(ctx context.Context) error {
 	case <-time.After(time.Duration(r.rnd.IntN(1200)) * time.Millisecond):
 	}
 	r.killed++
-	switch n := r.rnd.IntN(10); {
-	case n == 0:
+	switch n := r.rnd.IntN(10); n {
+	case 0:
 		// Dead for good, as far as anybody knows: what is frozen is up to the watchdogs.
 		r.watched++
 		if err := r.q.kill(false); err != nil {
