@@ -48,3 +48,38 @@ func TestASourceThatGrowsWhileItIsCloned(t *testing.T) {
 	r.collect()
 	r.empty("a")
 }
+
+// A source that is formatted and filled between the clone's plan and its cut
+// gives a clone that says so: taken for fresh it would be formatted once more.
+func TestASourceThatIsFormattedWhileItIsCloned(t *testing.T) {
+	for _, target := range []string{"a", "b"} {
+		t.Run(target, func(t *testing.T) {
+			r := newRig(t, "a", "b")
+			w := &meanwhile{}
+			r.wrap = func(e engine.Engine) engine.Engine { w = &meanwhile{Engine: e, do: w.do}; return w }
+			v := image.Image{}
+			w.do = func() {
+				r.must(r.Formatted(r.ctx, v.Handle, "n1", "ext4"))
+				r.write(v, 1)
+			}
+			r.start()
+			v = r.volume("v", "a", 32*mib)
+			a, err := r.Attach(r.ctx, v.Handle, "n1", mount, false)
+			r.must(err)
+			st, err := r.Stage(r.ctx, v.Handle, "n1", a.Generation)
+			r.must(err)
+			if !st.Fresh {
+				t.Fatal("a new volume is not fresh")
+			}
+			clone := r.from("clone", target, v, 0)
+			r.holds(clone, 1)
+			a, err = r.Attach(r.ctx, clone.Handle, "n1", mount, false)
+			r.must(err)
+			st, err = r.Stage(r.ctx, clone.Handle, "n1", a.Generation)
+			r.must(err)
+			if st.Fresh || st.Filesystem != "ext4" {
+				t.Fatalf("the clone holds data, and would be formatted: %+v", st)
+			}
+		})
+	}
+}

@@ -44,8 +44,8 @@ func (m *Manager) createVolume(ctx context.Context, op *operation, r CreateReque
 			return Image{}, err
 		}
 		img, err := c.run(ctx)
-		if errors.Is(err, errGrew) && ctx.Err() == nil {
-			continue // a source grows only so often
+		if errors.Is(err, errChanged) && fault.KindOf(err) == fault.Conflict && ctx.Err() == nil {
+			continue // a source changes so only so often; of another kind: the intent remains
 		}
 		return img, err
 	}
@@ -277,7 +277,7 @@ func (c *creation) content(ctx context.Context, img *image, from int64) (how, er
 		}
 		return how{native: true, reason: "new slab"}, c.d.zero(ctx, c.op, img.id, spec.Kind, 0, spec.Size)
 	case c.srcRec.Mutable:
-		return c.m.cloneVolume(ctx, c.op, c.src, img, spec)
+		return c.m.cloneVolume(ctx, c.op, c.src, c.srcRec, img, spec)
 	}
 	return c.m.cloneSnapshot(ctx, c.op, c.src, img, spec, from)
 }

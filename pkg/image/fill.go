@@ -296,15 +296,17 @@ func (d *domain) zero(ctx context.Context, op *operation, slab string, kind engi
 	return d.engine.DetachSlab(ctx, slab)
 }
 
-// errGrew is a source that was larger when it was cut than when the new volume's
-// size was decided.
-var errGrew = errors.New("the source has grown meanwhile")
+// errChanged is a source that was another one when it was cut than when the new
+// volume was planned: it has grown, was formatted, or became a used raw device.
+var errChanged = errors.New("the source has changed meanwhile")
 
 // cloneVolume fills the slab of a new volume from another volume, which may be
 // in use. Inside a domain the cut goes straight into the new slab. Into another
 // domain a native hidden snapshot is taken first, because the copy takes long;
-// where there is none, the copy itself is the cut.
-func (m *Manager) cloneVolume(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec) (how, error) {
+// where there is none, the copy itself is the cut. planned is the source's
+// record that the new one was made from: its node may have formatted and filled
+// it since, and a clone that were taken for fresh would be formatted once more.
+func (m *Manager) cloneVolume(ctx context.Context, op *operation, src *image, planned record, dst *image, spec engine.SlabSpec) (how, error) {
 	op.stepf("waiting for %s", src.id)
 	release, err := src.hold(ctx, op)
 	if err != nil {
@@ -314,8 +316,9 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src, dst *imag
 	if err := src.usable(); err != nil {
 		return how{}, err
 	}
-	if rec, _ := src.snapshot(); rec.Size > spec.Size { // a smaller clone would lack its end
-		return how{}, fault.Wrap(fault.Conflict, errGrew)
+	rec, _ := src.snapshot()
+	if rec.Size > spec.Size || rec.Used != planned.Used || rec.FS != planned.FS { // a smaller clone would lack its end
+		return how{}, fault.Wrap(fault.Conflict, errChanged)
 	}
 	if src.d != dst.d && src.d.caps.Snapshotter != nil {
 		hidden, err := m.hiddenSnapshot(ctx, op, src)
