@@ -237,8 +237,15 @@ func (n *Node) forgetFreeze(h image.Handle) *host.Freeze {
 	return f
 }
 
-// Staged implements image.Agent.
+// Staged implements image.Agent. As Freeze it waits for no other operation: a
+// staging that has the manager's answer shows nothing in the kernel yet.
+// fault.Pending then.
 func (n *Node) Staged(ctx context.Context, h image.Handle) (bool, error) {
+	unlock, held := n.tryLock(h)
+	if held != nil {
+		return false, fault.New(fault.Pending, "look for %s: another operation on it is running on node %s", h, n.cfg.NodeID)
+	}
+	defer unlock()
 	s, err := n.find(ctx, h)
 	if err != nil {
 		return false, fault.In(err, "look for", h.Domain, h.Image)
