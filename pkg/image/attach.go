@@ -168,12 +168,14 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 	if err != nil {
 		return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
 	}
-	staged, err := agent.Staged(ctx, d.handle(img))
-	if err != nil {
-		return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
-	}
-	if staged {
-		return fault.New(fault.Unavailable, "it is still staged on node %s", node)
+	for _, h := range d.handles(img) {
+		staged, err := agent.Staged(ctx, h)
+		if err != nil {
+			return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
+		}
+		if staged {
+			return fault.New(fault.Unavailable, "it is still staged on node %s", node)
+		}
 	}
 	if err := d.endAttachment(ctx, img, node); err != nil {
 		return err

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
 
@@ -82,4 +83,41 @@ func TestASourceThatIsFormattedWhileItIsCloned(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A volume keeps the handle that it was made under when its domain is renamed,
+// and is staged under it: the node is asked about that one too.
+func TestAVolumeStagedUnderAFormerNameIsNotDetachedNorCopiedUnfrozen(t *testing.T) {
+	r := newRig(t, "new")
+	r.wrap = engine.Minimal
+	r.config = func(c *image.DomainConfig) { c.Aliases = []string{"old", "older"} }
+	r.start()
+	v := r.volume("v", "new", 32*mib)
+	old := image.Handle{Domain: "old", Image: v.Handle.Image}
+	_, err := r.Attach(r.ctx, old, "n1", mount, false)
+	r.must(err)
+	r.agents.state[old.String()] = image.IsFrozen // that is what the node knows it as
+	r.is(r.Detach(r.ctx, old, "n1"), fault.Unavailable)
+	r.is(r.Detach(r.ctx, v.Handle, ""), fault.Unavailable)
+	s := r.snapshot("s", v)
+	if r.agents.freezes != 1 || r.agents.frozen != 0 {
+		t.Fatalf("snapshot %s: frozen %d times, left frozen %d", s.Handle, r.agents.freezes, r.agents.frozen)
+	}
+	r.agents.state[old.String()] = image.NotStaged
+	r.must(r.Detach(r.ctx, v.Handle, "n1"))
+}
+
+// A member of a group that was deleted after the clone was planned may lose its
+// slab at any moment.
+func TestAMemberOfADeletedGroupIsNotCloned(t *testing.T) {
+	r := newRig(t, "a")
+	w := &meanwhile{}
+	r.wrap = func(e engine.Engine) engine.Engine { w.Engine = e; return w }
+	r.start()
+	v := r.volume("v", "a", 32*mib)
+	g, err := r.CreateGroup(r.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{v.Handle}})
+	r.must(err)
+	w.do = func() { r.must(r.DeleteGroup(r.ctx, g.Handle)) }
+	_, err = r.CreateVolume(r.ctx, image.CreateRequest{Name: "clone", Domains: []string{"a"}, Accesses: []image.Access{mount}, Source: g.Snapshots[0].Handle.String()})
+	r.is(err, fault.NotFound)
 }

@@ -95,6 +95,24 @@ type pendingTag struct {
 
 func (d *domain) handle(img *image) Handle { return Handle{Domain: d.id, Image: img.id} }
 
+// ids are the domain's ID and its former ones, under which older handles know it.
+func (d *domain) ids() []string {
+	out := []string{d.id}
+	for _, a := range d.cfg.Aliases {
+		out = append(out, a+strings.TrimPrefix(d.id, d.cfg.Name))
+	}
+	return out
+}
+
+// handles are all under which a node may have staged the image.
+func (d *domain) handles(img *image) []Handle {
+	var out []Handle
+	for _, id := range d.ids() {
+		out = append(out, Handle{Domain: id, Image: img.id})
+	}
+	return out
+}
+
 // next gives a revision that was never used.
 func (d *domain) next() revision {
 	d.mu.Lock()
@@ -319,6 +337,12 @@ func (d *domain) finished(img *image) bool {
 		return g == nil || g.rec.dead()
 	}
 	return false
+}
+
+func (img *image) isFinished() bool {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	return img.d.finished(img)
 }
 
 // get finds a visible image. fault.NotFound, or fault.Unavailable when fenced.

@@ -180,34 +180,41 @@ func (d *domain) tooSlow(bytes int64, limit time.Duration) bool {
 // quiet is an image whose writers were asked to be still.
 type quiet struct {
 	m        *Manager
-	handle   Handle
-	frozen   []string // nodes
-	busy     bool     // in use where nothing can be frozen
+	frozen   []frozen
+	busy     bool // in use where nothing can be frozen
 	busyNode string
 	released bool
 	err      error
 }
 
+// frozen is where a filesystem is frozen, under the handle that its node knows.
+type frozen struct {
+	node   string
+	handle Handle
+}
+
 // quiesce freezes the filesystem of an image on every node that may write it.
 // The result is never nil, also beside an error.
 func (m *Manager) quiesce(ctx context.Context, src *image) (*quiet, error) {
-	q := &quiet{m: m, handle: src.d.handle(src)}
+	q := &quiet{m: m}
 	limit := src.quiesceLimit() + freezeMargin
 	for _, a := range src.writers() {
 		agent, err := m.cfg.Agents.Agent(a)
 		if err != nil {
 			return q, err
 		}
-		state, err := agent.Freeze(ctx, q.handle, limit)
-		if err != nil {
-			return q, err
-		}
-		switch state {
-		case IsFrozen:
-			q.frozen = append(q.frozen, a)
-		case NotFreezable:
-			q.busy, q.busyNode = true, a
-		case NotStaged:
+		for _, h := range src.d.handles(src) {
+			state, err := agent.Freeze(ctx, h, limit)
+			if err != nil {
+				return q, err
+			}
+			switch state {
+			case IsFrozen:
+				q.frozen = append(q.frozen, frozen{a, h})
+			case NotFreezable:
+				q.busy, q.busyNode = true, a
+			case NotStaged:
+			}
 		}
 	}
 	return q, nil
@@ -233,10 +240,10 @@ func (q *quiet) release(ctx context.Context) error {
 	}
 	q.released = true
 	ctx = context.WithoutCancel(ctx) // a frozen filesystem is thawed whatever happens
-	for _, node := range q.frozen {
-		agent, err := q.m.cfg.Agents.Agent(node)
+	for _, f := range q.frozen {
+		agent, err := q.m.cfg.Agents.Agent(f.node)
 		if err == nil {
-			err = agent.Thaw(ctx, q.handle)
+			err = agent.Thaw(ctx, f.handle)
 		}
 		q.err = errors.Join(q.err, err)
 	}
@@ -361,7 +368,7 @@ func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image)
 func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64) (how, error) {
 	defer src.read()()
 	rec, slab := src.snapshot()
-	if rec.dead() {
+	if src.isFinished() {
 		return how{}, fault.New(fault.NotFound, "source %s was deleted", src.id)
 	}
 	if _, _, err := src.d.allocated(ctx, rec, slab); err != nil {
@@ -437,7 +444,7 @@ func (d *domain) pin(ctx context.Context, src, dst *image) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.pins[tag.Name] = body
-	if src.rec.dead() {
+	if d.finished(src) {
 		return fault.New(fault.NotFound, "source %s was deleted", src.id)
 	}
 	return nil

@@ -116,10 +116,7 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	if err := d.open(ctx); err != nil {
 		return "", err
 	}
-	keys := []string{d.id}
-	for _, a := range cfg.Aliases {
-		keys = append(keys, a+strings.TrimPrefix(d.id, cfg.Name))
-	}
+	keys := d.ids()
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, k := range keys {

@@ -43,7 +43,9 @@ type agents struct {
 	mu     sync.Mutex
 	state  map[string]image.Frozen
 	frozen int
-	broken bool // thaw reports a freeze that did not hold
+	// freezes counts them all.
+	freezes int
+	broken  bool // thaw reports a freeze that did not hold
 }
 
 func (a *agents) Agent(node string) (image.Agent, error) {
@@ -62,6 +64,7 @@ func (a *agents) Freeze(_ context.Context, h image.Handle, _ time.Duration) (ima
 	}
 	if s == image.IsFrozen {
 		a.frozen++
+		a.freezes++
 	}
 	return s, nil
 }
