@@ -121,3 +121,26 @@ func TestAMemberOfADeletedGroupIsNotCloned(t *testing.T) {
 	_, err = r.CreateVolume(r.ctx, image.CreateRequest{Name: "clone", Domains: []string{"a"}, Accesses: []image.Access{mount}, Source: g.Snapshots[0].Handle.String()})
 	r.is(err, fault.NotFound)
 }
+
+// Asked again under the former name of its domain, a snapshot is still the same.
+func TestASnapshotAskedForAgainUnderAFormerName(t *testing.T) {
+	r := newRig(t, "new")
+	r.config = func(c *image.DomainConfig) { c.Aliases = []string{"old"} }
+	r.start()
+	v := r.volume("v", "new", 32*mib)
+	old := image.Handle{Domain: "old", Image: v.Handle.Image}
+	var snaps []image.Image
+	var groups []image.Group
+	for _, h := range []image.Handle{old, v.Handle, old} {
+		s, err := r.CreateSnapshot(r.ctx, image.SnapshotRequest{Name: "s", Source: h})
+		r.must(err)
+		g, err := r.CreateGroup(r.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{h}})
+		r.must(err)
+		snaps, groups = append(snaps, s), append(groups, g)
+	}
+	if snaps[0].Handle != snaps[2].Handle || groups[0].Handle != groups[2].Handle {
+		t.Fatalf("%v %v", snaps, groups)
+	}
+	_, err := r.CreateGroup(r.ctx, image.GroupRequest{Name: "h", Sources: []image.Handle{old, v.Handle}})
+	r.is(err, fault.Invalid)
+}

@@ -121,7 +121,7 @@ func (c *creation) compare(d *domain, rec record) error {
 		return differs("layout", rec.layout(), layout)
 	case rec.Size < r.Size || r.Limit > 0 && rec.Size > r.Limit:
 		return differs("size", sizeRange(rec.Size, 0), sizeRange(r.Size, r.Limit))
-	case rec.Source != r.Source:
+	case !c.m.same(rec.Source, r.Source):
 		return differs("source", orNone(rec.Source), orNone(r.Source))
 	case !maps.Equal(rec.Params, r.Params):
 		return differs("parameters", rec.Params, r.Params)

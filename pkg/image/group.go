@@ -22,6 +22,9 @@ func (m *Manager) CreateGroup(ctx context.Context, r GroupRequest) (Group, error
 		return Group{}, fault.New(fault.Invalid, "a group snapshot needs at least one source volume")
 	}
 	sources := slices.Clone(r.Sources)
+	for i, h := range sources { // one volume under two names would wait for itself
+		sources[i] = m.canonical(h)
+	}
 	slices.SortFunc(sources, func(a, b Handle) int { return cmp.Compare(a.String(), b.String()) })
 	if len(slices.Compact(slices.Clone(sources))) != len(sources) {
 		return Group{}, fault.New(fault.Invalid, "a source volume is named twice: %v", r.Sources)
@@ -236,7 +239,7 @@ func (m *Manager) existingGroup(ctx context.Context, op *operation, g *image, so
 		want = append(want, h.String())
 	}
 	slices.Sort(have)
-	if !slices.Equal(have, want) {
+	if !slices.EqualFunc(have, want, m.same) {
 		return false, fault.New(fault.Exists, "a group snapshot with this name exists, of volumes %s; asked for was one of %s", strings.Join(have, ", "), strings.Join(want, ", "))
 	}
 	return true, nil

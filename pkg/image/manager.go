@@ -234,6 +234,21 @@ func (m *Manager) find(h Handle) (*image, error) {
 	return d.get(h.Image)
 }
 
+// canonical is a handle under its domain's present name.
+func (m *Manager) canonical(h Handle) Handle {
+	if d, err := m.domain(h.Domain); err == nil {
+		h.Domain = d.id
+	}
+	return h
+}
+
+// same says whether two handles as text, or "", are of one image.
+func (m *Manager) same(a, b string) bool {
+	x, errX := ParseHandle(a)
+	y, errY := ParseHandle(b)
+	return a == b || errX == nil && errY == nil && m.canonical(x) == m.canonical(y)
+}
+
 // byName finds the one undeleted incarnation of a CSI name in any domain.
 func (m *Manager) byName(space, name string) *image {
 	for _, d := range m.open() {

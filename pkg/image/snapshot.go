@@ -15,6 +15,7 @@ func (m *Manager) CreateSnapshot(ctx context.Context, r SnapshotRequest) (Image,
 	if err := checkName("snapshot", r.Name); err != nil {
 		return Image{}, err
 	}
+	r.Source = m.canonical(r.Source)
 	return do(ctx, m, spaceSnapshot+"/"+r.Name, "create snapshot", r.Name, fingerprint(r.Source), func(ctx context.Context, op *operation) (Image, error) {
 		return m.createSnapshot(ctx, op, r)
 	})
@@ -70,7 +71,7 @@ func (m *Manager) existingSnapshot(ctx context.Context, op *operation, img *imag
 		return false, fenced
 	case rec.Strong && broken != nil:
 		return false, fault.New(fault.Corrupt, "snapshot %s with this name exists and is broken: %w; see kubectl quarry check", img.d.handle(img), broken)
-	case rec.Strong && rec.Source != source:
+	case rec.Strong && !m.same(rec.Source, source):
 		return false, fault.New(fault.Exists, "a snapshot with this name exists, of volume %s; asked for was one of %s", rec.Source, source)
 	case rec.Strong:
 		return true, nil
