@@ -42,10 +42,10 @@ func (n *Node) stageFilesystem(ctx context.Context, r StageRequest, st image.Sta
 		return nil
 	}
 	if err := n.fill(ctx, r.Handle, dev, fsType, r.StagingPath); err != nil {
-		return err
+		return remains(err)
 	}
 	if group >= 0 {
-		return giveToGroup(r.StagingPath, group)
+		return remains(giveToGroup(r.StagingPath, group))
 	}
 	return nil
 }

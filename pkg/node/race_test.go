@@ -2,9 +2,11 @@ package node
 
 import (
 	"context"
+	"os"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
 
@@ -43,4 +45,48 @@ func TestAnImageThatIsJustBeingStagedIsNotSaidToBeUnstaged(t *testing.T) {
 	if !is {
 		t.Fatal("it is staged")
 	}
+}
+
+// A staging that was cut short between the bind mount and the group's turn
+// is completed by the next one.
+func TestADirectoryStagedAgainStillGoesToItsGroup(t *testing.T) {
+	w := newWorld(t)
+	h := w.handle("tree")
+	w.ok(os.Mkdir(w.path("tree"), 0o755))
+	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: testSize, Slabs: []string{"tree"}})
+	r := w.request(h, "")
+	w.ok(w.node.Stage(bg, r))
+	r.VolumeMountGroup = "4242"
+	w.ok(w.node.Stage(bg, r))
+	if !hasGroup(w.path("tree"), 4242) {
+		t.Fatal("the directory is staged, and its group cannot write it")
+	}
+}
+
+// A final error code makes the kubelet forget the volume: no unstaging would come.
+func TestAStagingThatFailsAfterTheMountLeavesNothingOrSaysSo(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", testSize)
+	w.stage(h, host.XFS)
+	w.unstage(h)
+	w.change(h, func(s *image.Staging) { s.Size *= 2 })
+	w.ok(os.Truncate(w.path("v"), 2*testSize))
+	w.node.host = host.NewLocal(without{"xfs_growfs"})
+	w.node.devices.Host = w.node.host
+	err := w.node.Stage(bg, w.request(h, host.XFS))
+	staged, serr := w.node.Staged(bg, h)
+	w.ok(serr)
+	if err == nil || staged && fault.KindOf(err) != fault.Unavailable {
+		t.Fatalf("staged=%t after %v", staged, err)
+	}
+}
+
+// without is a host on which a program is not installed.
+type without struct{ program string }
+
+func (p without) Run(ctx context.Context, c host.Command) (host.Result, error) {
+	if c.Name == p.program {
+		return host.Result{}, fault.New(fault.Unsupported, "%s is not installed", c.Name)
+	}
+	return host.Exec{}.Run(ctx, c)
 }

@@ -107,10 +107,26 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		return nil
 	}
 	if err := n.stageFilesystem(ctx, r, st, dev, readOnly, group); err != nil {
-		n.dropUnused(ctx, r.Handle, dev)
+		if !n.dropUnused(ctx, r.Handle, dev) {
+			return remains(err)
+		}
 		return err
 	}
 	return nil
+}
+
+// remains gives the error of a staging that leaves something behind a kind
+// after which the kubelet unstages: after any other it forgets the volume,
+// which could then never be detached.
+func remains(err error) error {
+	if err == nil {
+		return nil
+	}
+	switch fault.KindOf(err) {
+	case fault.Unavailable, fault.Pending, fault.Canceled, fault.Deadline:
+		return err
+	}
+	return fault.New(fault.Unavailable, "it is staged in part: %w", err)
 }
 
 // damaged adds to an error about a slab what to do. The image exists: a
@@ -136,16 +152,21 @@ func fits(r StageRequest, st image.Staging) error {
 }
 
 // dropUnused detaches a device that a failed staging left without a mount; a
-// device that is in use stays.
-func (n *Node) dropUnused(ctx context.Context, h image.Handle, dev block.Device) {
+// device that is in use stays. It says whether what had to go is gone.
+func (n *Node) dropUnused(ctx context.Context, h image.Handle, dev block.Device) bool {
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
-	if s, err := n.find(ctx, h); err != nil || len(s.mounts) > 0 {
-		return
+	s, err := n.find(ctx, h)
+	if err == nil && len(s.mounts) > 0 {
+		return true // whoever mounted it takes it down
 	}
-	if err := n.devices.Detach(ctx, dev); err != nil {
+	if err == nil {
+		err = n.devices.Detach(ctx, dev)
+	}
+	if err != nil {
 		klog.FromContext(ctx).Error(err, "Detaching the device of a failed staging; unstaging will try again", "image", h, "device", dev.Path)
 	}
+	return err == nil
 }
 
 // stageTree binds a directory slab over an anchor that names the image.
@@ -183,15 +204,19 @@ func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOn
 		if asked := attr&host.ReadOnly != 0; top.ReadOnly() != asked && !slices.Contains(top.Super, "ro") {
 			return fault.New(fault.Exists, "the image is staged at %q with read-only=%t, and read-only=%t was asked for: unstage it first", r.StagingPath, top.ReadOnly(), asked)
 		}
-		return nil
+		return treeToGroup(r.StagingPath, group, attr)
 	}
 	if err := n.host.Bind(ctx, dir, r.StagingPath, attr); err != nil {
-		return err
+		return remains(err)
 	}
-	if group >= 0 && attr&host.ReadOnly == 0 {
-		return giveToGroup(r.StagingPath, group)
+	return treeToGroup(r.StagingPath, group, attr)
+}
+
+func treeToGroup(path string, group int, attr host.MountAttr) error {
+	if group < 0 || attr&host.ReadOnly != 0 {
+		return nil
 	}
-	return nil
+	return remains(giveToGroup(path, group))
 }
 
 // free refuses a staging path on which something else is mounted.
