@@ -28,8 +28,8 @@ const (
 )
 
 // Snapshotter makes a point-in-time copy of a slab that may be in use. The new
-// slab appears under spec.ID complete or not at all, and is at least spec.Size
-// large; bytes beyond the source's end read as zero.
+// slab appears under spec.ID complete or not at all, with the size that
+// CreateSlab would give it; bytes beyond the source's end read as zero.
 type Snapshotter interface {
 	SnapshotSlab(ctx context.Context, source string, spec SlabSpec) error
 }

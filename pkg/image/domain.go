@@ -33,7 +33,7 @@ type domain struct {
 	images   map[string]*image
 	names    map[string]string // name space + "/" + CSI name: image ID
 	pins     map[string]pinRecord
-	oldTags  map[string]time.Time // superseded epoch tags, and since when
+	oldTags  map[string]time.Time // tags of earlier openings (e., o.), and since when
 	promised int64                // bytes
 	foreign  int64                // bytes used by what is not Quarry's, as last measured
 	known    map[string]struct{}  // i. tags of lower epochs that the opening listing held
