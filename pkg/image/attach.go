@@ -121,6 +121,11 @@ func (img *image) admits(want Attachment) (*Attachment, error) {
 		same := a.Attachment
 		return &same, nil
 	}
+	for n := range img.unsure {
+		if n != want.Node && !want.Mode.MultiNode() {
+			return nil, fault.New(fault.InUse, "whether it is attached to node %s is not known since an error: detach it there first", n)
+		}
+	}
 	for _, a := range img.attached {
 		switch {
 		case !a.Mode.MultiNode() || !want.Mode.MultiNode():

@@ -144,3 +144,36 @@ func TestASnapshotAskedForAgainUnderAFormerName(t *testing.T) {
 	_, err := r.CreateGroup(r.ctx, image.GroupRequest{Name: "h", Sources: []image.Handle{old, v.Handle}})
 	r.is(err, fault.Invalid)
 }
+
+// lost makes a tag, and loses the reply.
+type lost struct {
+	engine.Engine
+	prefix string
+}
+
+func (l *lost) CreateTag(ctx context.Context, t engine.Tag) error {
+	err := l.Engine.CreateTag(ctx, t)
+	if err == nil && l.prefix != "" && strings.HasPrefix(t.Name, l.prefix) {
+		return fault.New(fault.Unavailable, "the reply was lost")
+	}
+	return err
+}
+
+// After a restart both attachments would count, and both nodes could write.
+func TestAVolumeThatMayBeAttachedElsewhereIsNotAttached(t *testing.T) {
+	r := newRig(t, "a")
+	l := &lost{}
+	r.wrap = func(e engine.Engine) engine.Engine { l.Engine = e; return l }
+	r.start()
+	v := r.volume("v", "a", 32*mib)
+	l.prefix = "a."
+	_, err := r.Attach(r.ctx, v.Handle, "n1", mount, false)
+	r.is(err, fault.Unavailable)
+	l.prefix = ""
+	_, err = r.Attach(r.ctx, v.Handle, "n2", mount, false)
+	r.is(err, fault.InUse)
+	r.is(r.DeleteVolume(r.ctx, v.Handle), fault.InUse)
+	r.must(r.Detach(r.ctx, v.Handle, "n1"))
+	_, err = r.Attach(r.ctx, v.Handle, "n2", mount, false)
+	r.must(err)
+}

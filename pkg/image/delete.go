@@ -64,7 +64,7 @@ func (m *Manager) deleteImage(ctx context.Context, op *operation, img *image) er
 	if rec.dead() {
 		return nil
 	}
-	if nodes := img.nodes(); len(nodes) > 0 {
+	if nodes := img.maybeNodes(); len(nodes) > 0 {
 		return fault.New(fault.InUse, "it is attached to %s: detach it first", strings.Join(nodes, ", "))
 	}
 	if tag := img.badAttachment(); tag != "" {
