@@ -100,7 +100,7 @@ verified again before it is acted upon. The kinds of finding:
 Exit status: 0, done (or shown); 2, something was not done; 1, nothing could be.`,
 		Example: `  kubectl quarry fix                          # what would be done
   kubectl quarry fix local --kind clean --yes # free what can be freed
-  kubectl quarry fix --id 3f2a --yes          # one finding`,
+  kubectl quarry fix --id ID --yes            # one finding`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			known := []string{string(image.FindingClean), string(image.FindingOptimize), string(image.FindingMerge), string(image.FindingMend), string(image.FindingReport)}

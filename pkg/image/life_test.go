@@ -1,9 +1,12 @@
 package image_test
 
 import (
+	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host/hosttest"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
 
@@ -193,5 +196,23 @@ func TestPagesGoOnWhereTheyEndedWhateverTheDomainsAreCalled(t *testing.T) {
 	}
 	if len(want) > 0 {
 		t.Fatalf("not listed: %v", want)
+	}
+}
+
+func TestADirectoryVolumeCountsOnceAgainstTheCapacity(t *testing.T) {
+	r := newRig(t, "a")
+	r.dirs["a"] = hosttest.Filesystem(t, "ext4", 512*mib)
+	r.start()
+	v, err := r.CreateVolume(r.ctx, image.CreateRequest{Name: "v", Domains: []string{"a"}, Layout: image.LayoutDirectory,
+		Accesses: []image.Access{mount}, Size: 200 * mib})
+	r.must(err)
+	r.must(os.WriteFile(filepath.Join(r.path(v), "f"), content(1, 150*mib), 0o600))
+	before, _, _, err := r.Capacity(r.ctx, []string{"a"}, "")
+	r.must(err)
+	r.restart() // measures what is not Quarry's
+	after, _, _, err := r.Capacity(r.ctx, []string{"a"}, "")
+	r.must(err)
+	if after < before-16*mib {
+		t.Fatalf("%d MiB can be promised, %d before its files were measured", after/mib, before/mib)
 	}
 }

@@ -352,7 +352,9 @@ func (d *domain) measure(ctx context.Context, slabs []engine.Slab) error {
 		switch {
 		case err == nil:
 			foreign -= su.Used
-		case errors.Is(err, engine.ErrDeclined), errors.Is(err, fault.NotFound):
+		case errors.Is(err, engine.ErrDeclined): // a tree without a quota: its promise stands for it
+			foreign -= s.Size
+		case errors.Is(err, fault.NotFound):
 		default:
 			klog.FromContext(ctx).V(2).Info("Slab cannot be measured", "domain", d.id, "slab", s.ID, "err", err)
 		}

@@ -41,8 +41,12 @@ func (n *Node) stageFilesystem(ctx context.Context, r StageRequest, st image.Sta
 	if readOnly {
 		return nil
 	}
-	if err := n.fill(ctx, r.Handle, dev, fsType, r.StagingPath); err != nil {
-		return remains(err)
+	// What cannot grow in use grew before it was mounted, or waits for the next
+	// time it is: a repeated call must not fail for that.
+	if n.host.GrowsOnline(fsType) {
+		if err := n.fill(ctx, r.Handle, dev, fsType, r.StagingPath); err != nil {
+			return remains(err)
+		}
 	}
 	if group >= 0 {
 		return remains(giveToGroup(r.StagingPath, group))

@@ -171,6 +171,7 @@ func TestGrowthOnlineAndOffline(t *testing.T) {
 			w.ok(err)
 		} else {
 			w.fails(err, fault.InUse, "CAP_SYS_RESOURCE", "staged next")
+			w.stage(h, fs) // repeated, it is still staged
 			w.ok(w.node.Unpublish(bg, h, w.path("target")))
 			w.unstage(h)
 			w.stage(h, fs)
