@@ -42,6 +42,7 @@ type Freeze struct {
 // container takes the child along: a starting agent calls ThawLeft).
 //
 // fault.Unsupported: the filesystem cannot. fault.InUse: somebody else froze it.
+// fault.Conflict: nothing is mounted at point (any more).
 func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (*Freeze, error) {
 	for _, program := range []string{"sh", "timeout", "head", "fsfreeze"} {
 		if _, err := exec.LookPath(program); err != nil {
@@ -50,7 +51,14 @@ func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (
 	}
 	dir, err := guarded(ctx, &l.guard, "open "+point, quick, func() (*os.File, error) {
 		f, err := os.OpenFile(point, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
-		return f, ioError("open", point, err)
+		if err != nil {
+			return nil, ioError("open", point, err)
+		}
+		if err := mountRoot(f); err != nil {
+			_ = f.Close()
+			return nil, err
+		}
+		return f, nil
 	})
 	if err != nil {
 		return nil, err
@@ -96,6 +104,19 @@ func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (
 	}
 	f.dismiss()
 	return nil, err
+}
+
+// mountRoot refuses a directory on which nothing is mounted: freezing there
+// would stop the filesystem that holds it, and with it perhaps the whole node.
+func mountRoot(f *os.File) error {
+	var st unix.Statx_t
+	if err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_BASIC_STATS, &st); err != nil {
+		return ioError("stat", f.Name(), err)
+	}
+	if st.Attributes_mask&unix.STATX_ATTR_MOUNT_ROOT != 0 && st.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return fault.New(fault.Conflict, "freeze %s: it is not a mount point", f.Name())
+	}
+	return nil
 }
 
 func (f *Freeze) watch(limit time.Duration) error {

@@ -207,7 +207,11 @@ func (n *Node) Freeze(ctx context.Context, h image.Handle, limit time.Duration) 
 	case len(s.mounts) == 0:
 		return image.NotStaged, nil
 	}
-	f, err := n.host.Freeze(ctx, s.mounts[0].Point, limit)
+	point, err := n.visible(s)
+	if err != nil {
+		return "", fault.In(err, "freeze", h.Domain, h.Image)
+	}
+	f, err := n.host.Freeze(ctx, point, limit)
 	if errors.Is(err, fault.Unsupported) {
 		return image.NotFreezable, nil
 	}
@@ -218,6 +222,20 @@ func (n *Node) Freeze(ctx context.Context, h image.Handle, limit time.Duration) 
 	n.frozen[h] = f
 	n.mu.Unlock()
 	return image.IsFrozen, nil
+}
+
+// visible is a mount point of the image that nothing else covers.
+func (n *Node) visible(s state) (point string, err error) {
+	for _, m := range s.mounts {
+		at, err := n.host.MountsAt(m.Point)
+		if err != nil {
+			return "", err
+		}
+		if len(at) > 0 && at[len(at)-1].ID == m.ID {
+			return m.Point, nil
+		}
+	}
+	return "", fault.New(fault.Unavailable, "another mount covers %s: unmount that", s.mounts[0].Point)
 }
 
 // Thaw implements image.Agent. It waits for no other operation.

@@ -3,7 +3,11 @@ package node
 import (
 	"context"
 	"os"
+	"path/filepath"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
@@ -89,4 +93,31 @@ func (p without) Run(ctx context.Context, c host.Command) (host.Result, error) {
 		return host.Result{}, fault.New(fault.Unsupported, "%s is not installed", c.Name)
 	}
 	return host.Exec{}.Run(ctx, c)
+}
+
+// Only the image's own filesystem is ever frozen: whatever lies over its mount,
+// or below where it was, may hold the slabs of all.
+func TestFreezingNeverReachesAnotherFilesystem(t *testing.T) {
+	w := newWorld(t)
+	v, u := w.volume("v", testSize), w.volume("u", testSize)
+	w.stage(v, host.Ext4)
+	w.stage(u, host.Ext4)
+	w.ok(unix.Mount(w.staging(u), w.staging(v), "", unix.MS_BIND, ""))
+	frozen, err := w.node.Freeze(bg, v, time.Minute)
+	reached := isFrozen(t, w.staging(u))
+	if err == nil {
+		w.ok(w.node.Thaw(bg, v))
+	}
+	if reached || err == nil {
+		t.Fatalf("freezing v: %v %v; u frozen: %t", frozen, err, reached)
+	}
+	w.fails(err, fault.Unavailable, "covers")
+	w.ok(unix.Unmount(w.staging(v), 0))
+	inside := filepath.Join(w.staging(v), "directory")
+	w.ok(os.Mkdir(inside, 0o700))
+	f, err := w.node.host.Freeze(bg, inside, time.Minute) // as where something was just unmounted
+	if err == nil {
+		w.ok(f.Thaw())
+	}
+	w.fails(err, fault.Conflict, "not a mount point")
 }
