@@ -1,9 +1,9 @@
 package node
 
 import (
+	"errors"
 	"io/fs"
 	"os"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
@@ -60,31 +60,38 @@ func giveToGroup(root string, gid int) error {
 	if hasGroup(root, gid) && fi.Mode()&fs.ModeSetgid != 0 && fi.Mode().Perm()&0o070 == 0o070 {
 		return nil
 	}
+	dir, err := os.OpenRoot(root) // what others do inside meanwhile leads nowhere else
+	if err != nil {
+		return fault.New(fault.Unavailable, "volume mount group %d: %w", gid, err)
+	}
+	defer dir.Close()
 	give := func(path string, fi fs.FileInfo) error {
-		if err := os.Lchown(path, -1, gid); err != nil {
+		if err := dir.Lchown(path, -1, gid); err != nil {
 			return err
 		}
 		mode := fi.Mode()
 		switch {
 		case mode.IsDir():
-			return os.Chmod(path, mode.Perm()|0o770|fs.ModeSetgid|mode&fs.ModeSticky)
+			return dir.Chmod(path, mode.Perm()|0o770|fs.ModeSetgid|mode&fs.ModeSticky)
 		case mode.IsRegular():
-			return os.Chmod(path, mode.Perm()|0o660|mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky))
+			return dir.Chmod(path, mode.Perm()|0o660|mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky))
 		}
 		return nil
 	}
-	err = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil || path == root {
-			return err
+	err = fs.WalkDir(dir.FS(), ".", func(path string, d fs.DirEntry, err error) error {
+		if err == nil && path != "." {
+			var fi fs.FileInfo
+			if fi, err = d.Info(); err == nil {
+				err = give(path, fi)
+			}
 		}
-		fi, err := d.Info()
-		if err != nil {
-			return err
+		if path != "." && errors.Is(err, fs.ErrNotExist) { // removed meanwhile
+			return nil
 		}
-		return give(path, fi)
+		return err
 	})
 	if err == nil {
-		err = give(root, fi)
+		err = give(".", fi)
 	}
 	if err != nil {
 		return fault.New(fault.Unavailable, "volume mount group %d: %w", gid, err)
