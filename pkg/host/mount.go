@@ -36,12 +36,22 @@ func (l *Local) MountFilesystem(ctx context.Context, source, target, fsType stri
 		case errors.Is(err, unix.ENODEV):
 			return fault.New(fault.Unsupported, "mount %s on %s: the kernel of this node has no %s", source, target, fsType)
 		case errors.Is(err, unix.EINVAL):
-			return fault.New(fault.Invalid, "mount %s (%s) on %s with options %q: %w: the kernel's log says which option, or what is damaged", source, fsType, target, options, err)
+			return fault.New(fault.Invalid, "mount %s (%s) on %s with options %q: %w: the kernel's log says which option, or what is damaged", source, fsType, target, optionNames(options), err)
 		case errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.EBADMSG):
 			return fault.New(fault.Corrupt, "mount %s (%s) on %s: %w: the filesystem is damaged; the kernel's log says more", source, fsType, target, err)
 		}
 		return fault.New(fault.Unavailable, "mount %s (%s) on %s: %w: the kernel's log may say more", source, fsType, target, err)
 	})
+}
+
+// optionNames leaves out the values, which may be secret.
+func optionNames(options []string) []string {
+	out := make([]string, 0, len(options))
+	for _, o := range options {
+		name, _, _ := strings.Cut(o, "=")
+		out = append(out, name)
+	}
+	return out
 }
 
 // mountFlag translates an option that the kernel takes as a flag. ok is false

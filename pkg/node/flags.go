@@ -20,18 +20,21 @@ var refusedFlags = [...]string{
 	"subvol", "subvolid", "device", "logdev", "rtdev", "journal_dev", "journal_path",
 }
 
-// checkFlags refuses mount flags that are nonsense for a volume.
+// checkFlags refuses mount flags that are nonsense for a volume. Its errors do
+// not tell their values, which may be secret.
 func checkFlags(flags []string, block bool) error {
 	if block && len(flags) > 0 {
-		return fault.New(fault.Invalid, "mount flags %q: a raw block volume is not mounted", flags)
+		first, _, _ := strings.Cut(flags[0], "=")
+		return fault.New(fault.Invalid, "mount flag %q: a raw block volume is not mounted", first)
 	}
 	for _, f := range flags {
-		name, _, _ := strings.Cut(strings.ToLower(f), "=")
+		shown, _, _ := strings.Cut(f, "=")
+		name := strings.ToLower(shown)
 		switch {
 		case name == "" || strings.ContainsAny(f, ", \t\n\\\"'") || strings.HasPrefix(f, "-"):
-			return fault.New(fault.Invalid, "mount flag %q: each must be one option of mount(8), as in \"noatime\" or \"commit=30\"", f)
+			return fault.New(fault.Invalid, "mount flag %q: each must be one option of mount(8), as in \"noatime\" or \"commit=30\"", shown)
 		case slices.Contains(refusedFlags[:], name) || strings.HasPrefix(name, "x-"):
-			return fault.New(fault.Invalid, "mount flag %q is not allowed for a volume: Quarry decides what is mounted where", f)
+			return fault.New(fault.Invalid, "mount flag %q is not allowed for a volume: Quarry decides what is mounted where", shown)
 		}
 	}
 	return nil

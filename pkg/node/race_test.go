@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -154,4 +155,30 @@ func TestGivingToAGroupNeverLeavesTheVolume(t *testing.T) {
 	}
 	close(stop)
 	<-stopped
+}
+
+// Mount flags may hold passwords (CSI): errors are logged, and name them only.
+func TestErrorsDoNotTellTheValuesOfMountFlags(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", testSize)
+	for _, flag := range []string{"password=geheim", "password=geheim,x", "x-password=geheim", "-password=geheim"} {
+		r := w.request(h, host.Ext4)
+		r.MountFlags = []string{flag}
+		err := w.node.Stage(bg, r)
+		w.fails(err, fault.Invalid, "password")
+		if strings.Contains(err.Error(), "geheim") {
+			t.Errorf("%v", err)
+		}
+	}
+	tree := w.handle("tree")
+	w.ok(os.Mkdir(w.path("tree"), 0o755))
+	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: testSize, Slabs: []string{"tree"}})
+	r := w.request(tree, "")
+	r.MountFlags = []string{"password=geheim"}
+	for _, err := range []error{w.node.Stage(bg, r), checkFlags(r.MountFlags, true)} {
+		w.fails(err, fault.Invalid, "password")
+		if strings.Contains(err.Error(), "geheim") {
+			t.Errorf("%v", err)
+		}
+	}
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -175,7 +176,8 @@ func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOn
 	for _, f := range r.MountFlags {
 		a, ok := host.ParseMountAttr(f)
 		if !ok {
-			return fault.New(fault.Invalid, "mount flag %q: a volume of layout %q has no filesystem of its own that could take it", f, image.LayoutDirectory)
+			name, _, _ := strings.Cut(f, "=")
+			return fault.New(fault.Invalid, "mount flag %q: a volume of layout %q has no filesystem of its own that could take it", name, image.LayoutDirectory)
 		}
 		attr |= a
 	}
