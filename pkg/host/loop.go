@@ -365,7 +365,10 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 
 // openSame opens a device if it is still over the same file. fault.NotFound: it is not.
 func (l *Local) openSame(lp Loop, flags int) (*os.File, error) {
-	d, err := os.OpenFile(lp.Path, flags, 0)
+	d, err := openLoop(lp, flags)
+	if errors.Is(err, unix.ENXIO) {
+		return nil, fault.New(fault.NotFound, "%s went away", lp.Path)
+	}
 	if errors.Is(err, unix.EBUSY) {
 		return nil, fault.New(fault.InUse, "%s over %s is mounted or claimed by another device", lp.Path, lp.Backing)
 	}
@@ -460,8 +463,24 @@ func (l *Local) loop(ctx context.Context, n int) (Loop, error) {
 	return lp, nil
 }
 
+// openLoop opens a device that exists. A missing node, as in a new container
+// with a /dev of its own, does not mean that the device is gone: it is made.
+func openLoop(lp Loop, flags int) (*os.File, error) {
+	d, err := os.OpenFile(lp.Path, flags, 0)
+	if !errors.Is(err, os.ErrNotExist) {
+		return d, err
+	}
+	if _, err := loopNode(lp.Number); err != nil {
+		return nil, err
+	}
+	return os.OpenFile(lp.Path, flags, 0)
+}
+
 func ask(lp Loop) (Loop, error) {
-	d, err := os.Open(lp.Path)
+	d, err := openLoop(lp, os.O_RDONLY)
+	if errors.Is(err, unix.ENXIO) {
+		return lp, fault.New(fault.NotFound, "%s went away", lp.Path)
+	}
 	if err != nil {
 		return lp, ioError("open", lp.Path, err)
 	}

@@ -170,3 +170,43 @@ func TestDeviceOnItsWayOutIsKept(t *testing.T) {
 		t.Fatalf("it went with its last user: %+v", found)
 	}
 }
+
+// A container's /dev may lack the node that an earlier container made: the
+// device is there all the same, and must neither be overlooked nor said to be gone.
+func TestADeviceWhoseNodeIsMissingIsFound(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root for loop devices")
+	}
+	l, ctx := NewLocal(Exec{}), context.Background()
+	file := filepath.Join(t.TempDir(), "slab")
+	if err := errors.Join(os.WriteFile(file, nil, 0o600), os.Truncate(file, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
+	const mark = "quarry-test-node-is-missing"
+	lp, err := l.AttachLoop(ctx, LoopSpec{File: file, Size: 1 << 20, Mark: mark})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_, _ = loopNode(lp.Number)
+		_ = l.DetachLoop(ctx, lp)
+	})
+	mine := func(lp Loop) bool { return lp.Mark == mark }
+	if err := os.Remove(lp.Path); err != nil {
+		t.Fatal(err)
+	}
+	l = NewLocal(Exec{})
+	found, err := l.Loops(ctx, mine)
+	if err != nil || len(found) != 1 {
+		t.Fatalf("found %v, %v", found, err)
+	}
+	if err := os.Remove(lp.Path); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.DetachLoop(ctx, found[0]); err != nil {
+		t.Fatal(err)
+	}
+	if found, err = l.Loops(ctx, mine); err != nil || len(found) != 0 {
+		t.Fatalf("after detaching: %v, %v", found, err)
+	}
+}
