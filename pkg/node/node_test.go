@@ -278,7 +278,7 @@ func TestDirectoryVolume(t *testing.T) {
 	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []string{"tree"}})
 	r := w.request(h, "")
 	r.MountFlags = []string{"commit=30"}
-	w.fails(w.node.Stage(bg, r), fault.Invalid, "commit=30")
+	w.fails(w.node.Stage(bg, r), fault.Invalid, `mount flag "commit"`)
 	r.MountFlags = []string{"noexec"}
 	for range 2 {
 		w.ok(w.node.Stage(bg, r))
