@@ -21,6 +21,11 @@ type store struct {
 }
 
 func (s *store) close() {
+	if s.fd >= 0 {
+		// Not left to close: a program that is being started has the file open
+		// until its exec, and a copy that follows at once would find it locked.
+		_ = unix.Flock(s.fd, unix.LOCK_UN)
+	}
 	for _, fd := range []*int{&s.fd, &s.direct} {
 		if *fd >= 0 {
 			_ = unix.Close(*fd) // what was written is already flushed, or lost anyway

@@ -54,6 +54,7 @@ func (m *Mover) Tree(ctx context.Context, src, dst string, progress func(done, t
 	if err != nil {
 		return TreeStats{}, sysErr(err, "lock", dst)
 	}
+	defer func() { _ = unix.Flock(d.fd, unix.LOCK_UN) }() // as in store.close
 	t := &treeCopy{m: m, src: s, dst: d, srcName: src, dstName: dst, progress: progress}
 	if err := t.run(ctx); err != nil {
 		if ctx.Err() != nil {

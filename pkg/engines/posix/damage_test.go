@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -360,5 +361,35 @@ func BenchmarkListTags(b *testing.B) {
 				}
 			}
 		})
+	}
+}
+
+// TestANewSlabIsNotLocked: also while programs are being started, which have every
+// file open until their exec.
+func TestANewSlabIsNotLocked(t *testing.T) {
+	path := t.TempDir()
+	d := open(t, path)
+	stop, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+				_ = exec.Command("/bin/true").Run()
+			}
+		}
+	}()
+	defer func() { close(stop); <-done }()
+	for i := range 400 {
+		id := fmt.Sprintf("s%d", i)
+		ok(t, d.CreateSlab(t.Context(), engine.SlabSpec{ID: id, Kind: engine.Block, Size: 4096}))
+		f, err := os.OpenFile(filepath.Join(path, "slabs", id), os.O_RDWR, 0)
+		ok(t, err)
+		if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+			t.Fatalf("slab %s, just made, is locked: %v", id, err)
+		}
+		ok(t, f.Close())
 	}
 }

@@ -161,13 +161,23 @@ func (d *Directory) abandoned(name string) bool {
 	if err != nil {
 		return false
 	}
-	defer f.Close() // was only read; it also unlocks
-	return unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) == nil
+	defer f.Close() // was only read
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return false
+	}
+	return unix.Flock(int(f.Fd()), unix.LOCK_UN) == nil
 }
 
-// hold locks something in tmp/ for as long as f is open. Where the storage has
-// no locks, its age alone protects it.
-func hold(f *os.File) { _ = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) }
+// hold locks something in tmp/ until release is called. Closing f would not do:
+// a program that is being started at that moment has the file open until its
+// exec, and the next user of the file would find it locked. Where the storage
+// has no locks, its age alone protects it.
+func hold(f *os.File) (release func()) {
+	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return func() {}
+	}
+	return func() { _ = unix.Flock(int(f.Fd()), unix.LOCK_UN) } // nothing is lost by a lock that stays a moment longer
+}
 
 func (d *Directory) removeAll(ctx context.Context, dir *os.File, folder string, dead func(name string) bool) error {
 	var errs []error
@@ -199,8 +209,10 @@ func (d *Directory) Scratch(do func(folder *os.File) error) error {
 	}
 	folder, err := openat(d.tmp, name, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err == nil {
-		hold(folder)
-		err = errors.Join(do(folder), folder.Close())
+		release := hold(folder)
+		err = do(folder)
+		release()
+		err = errors.Join(err, folder.Close())
 	}
 	return errors.Join(Fault(err), d.remove("tmp", name))
 }
@@ -227,9 +239,9 @@ func (d *Directory) tryPlace(dir *os.File, name string, fill func(*os.File) erro
 	if err != nil {
 		return err
 	}
-	hold(f)
-	// Either may fail without harm: the file is synced, and what stays in tmp/ is swept.
-	defer func() { f.Close(); unix.Unlinkat(int(d.tmp.Fd()), tmp, 0) }()
+	release := hold(f)
+	// Each may fail without harm: the file is synced, and what stays in tmp/ is swept.
+	defer func() { release(); f.Close(); unix.Unlinkat(int(d.tmp.Fd()), tmp, 0) }()
 	if err := fill(f); err != nil {
 		return err
 	}

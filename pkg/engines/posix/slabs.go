@@ -76,7 +76,7 @@ func (d *Directory) placeTree(tmp string, spec engine.SlabSpec, fill func(wrappe
 		return err
 	}
 	defer wrapper.Close()
-	hold(wrapper)
+	defer hold(wrapper)()
 	if err := fill(wrapper); err != nil {
 		return err
 	}
