@@ -133,11 +133,12 @@ type operations struct {
 const replyMargin = 500 * time.Millisecond
 
 // do runs fn detached from ctx under key, or joins the one that runs already,
-// and waits for its end. fault.Pending: it is still running. fault.Exists: one
-// with another request is running under the key.
+// and waits for its end. A handle in key may name its domain by a former name.
+// fault.Pending: it is still running. fault.Exists: one with another request is
+// running under the key.
 func do[T any](ctx context.Context, m *Manager, key, verb, name, asked string, fn func(context.Context, *operation) (T, error)) (T, error) {
 	var none T
-	op, mine, err := m.ops.start(m, key, verb, name, asked)
+	op, mine, err := m.ops.start(m, m.canonicalKey(key), verb, name, asked)
 	if err != nil {
 		return none, err
 	}
