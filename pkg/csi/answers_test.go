@@ -158,6 +158,50 @@ func TestListNamesTheNodes(t *testing.T) {
 	}
 }
 
+// A domain that was renamed: what was made before keeps the former name as its
+// source, and whoever asks may use either.
+func TestSnapshotsOfAVolumeAreFoundUnderEveryNameOfItsDomain(t *testing.T) {
+	s, m, _ := world(t)
+	m.domains[0].Config.Aliases = []string{"old", "older"}
+	h := image.Handle{Domain: "nas", Image: "s-0"}
+	m.images[h] = image.Image{Handle: h, Source: "old/v-1"}
+	for _, source := range []string{"nas/v-1", "old/v-1", "older/v-1"} {
+		r, err := s.ListSnapshots(ctx, &csi.ListSnapshotsRequest{SourceVolumeId: source})
+		if err != nil || len(r.Entries) != 2 || r.Entries[0].Snapshot.SnapshotId != "nas/s-0" || r.Entries[1].Snapshot.SnapshotId != "nas/s-1" {
+			t.Errorf("of %s: %v, %v", source, r, err)
+		}
+		for _, id := range []string{"nas/s-0", "nas/s-1"} {
+			r, err := s.ListSnapshots(ctx, &csi.ListSnapshotsRequest{SnapshotId: id, SourceVolumeId: source})
+			if err != nil || len(r.Entries) != 1 {
+				t.Errorf("%s of %s: %v, %v", id, source, r, err)
+			}
+		}
+	}
+	for _, source := range []string{"other/v-1", "nas/v-2", "old/v-2", "nonsense"} {
+		if r, err := s.ListSnapshots(ctx, &csi.ListSnapshotsRequest{SourceVolumeId: source}); err != nil || len(r.Entries) != 0 {
+			t.Errorf("of %s: %v, %v", source, r, err)
+		}
+	}
+}
+
+// Repeated after the domain was renamed, a request must be the one that runs.
+func TestTheSourceOfAVolumeIsAskedForUnderItsPresentName(t *testing.T) {
+	s, m, _ := world(t)
+	m.domains[0].Config.Aliases = []string{"old"}
+	for _, id := range []string{"nas/s-1", "old/s-1"} {
+		req := create()
+		req.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
+			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: id},
+		}}
+		if _, err := s.CreateVolume(ctx, req); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(m.created) != 2 || m.created[0].Source != "nas/s-1" || m.created[1].Source != "nas/s-1" {
+		t.Errorf("asked for %+v", m.created)
+	}
+}
+
 func TestSnapshotsAreFound(t *testing.T) {
 	s, m, _ := world(t)
 	for i := range 4 {

@@ -15,7 +15,7 @@ import (
 
 // CreateVolume makes a volume: empty, from a snapshot or from a volume.
 func (s *Server) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
-	r, err := createRequest(req)
+	r, err := s.createRequest(req)
 	if err != nil {
 		return nil, err
 	}
@@ -30,7 +30,7 @@ func (s *Server) CreateVolume(ctx context.Context, req *csi.CreateVolumeRequest)
 	return &csi.CreateVolumeResponse{Volume: v}, nil
 }
 
-func createRequest(req *csi.CreateVolumeRequest) (r image.CreateRequest, err error) {
+func (s *Server) createRequest(req *csi.CreateVolumeRequest) (r image.CreateRequest, err error) {
 	if err := checkName("name", req.GetName()); err != nil {
 		return r, err
 	}
@@ -50,7 +50,7 @@ func createRequest(req *csi.CreateVolumeRequest) (r image.CreateRequest, err err
 	if err != nil {
 		return r, err
 	}
-	source, mutable, err := contentSource(req.GetVolumeContentSource())
+	source, mutable, err := s.contentSource(req.GetVolumeContentSource())
 	if err != nil {
 		return r, err
 	}
@@ -72,8 +72,10 @@ func createRequest(req *csi.CreateVolumeRequest) (r image.CreateRequest, err err
 	}, nil
 }
 
-// contentSource reads the handle of the source, and whether it is a volume.
-func contentSource(src *csi.VolumeContentSource) (handle string, volume bool, err error) {
+// contentSource reads the handle of the source, and whether it is a volume. The
+// handle is canonical, so that a request that is repeated after the domain got
+// another name is the same request.
+func (s *Server) contentSource(src *csi.VolumeContentSource) (handle string, volume bool, err error) {
 	var h image.Handle
 	switch {
 	case src == nil:
@@ -89,7 +91,7 @@ func contentSource(src *csi.VolumeContentSource) (handle string, volume bool, er
 	if err != nil {
 		return "", false, err
 	}
-	return h.String(), volume, nil
+	return s.cfg.Manager.Canonical(h).String(), volume, nil
 }
 
 // DeleteVolume deletes. What does not exist is deleted already.

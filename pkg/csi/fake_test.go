@@ -133,6 +133,16 @@ func (f *fakeManager) Capacity(context.Context, []string, string) (int64, int64,
 
 func (f *fakeManager) Topology(string) (string, error) { return f.node, nil }
 
+// Canonical knows domains whose names are their IDs.
+func (f *fakeManager) Canonical(h image.Handle) image.Handle {
+	for _, d := range f.domains {
+		if slices.Contains(d.Config.Aliases, h.Domain) {
+			h.Domain = d.ID
+		}
+	}
+	return h
+}
+
 func (f *fakeManager) Domains(context.Context) []image.DomainInfo {
 	if f.dead != nil {
 		<-f.dead

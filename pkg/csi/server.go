@@ -61,6 +61,7 @@ type Manager interface {
 	CheckAccess(ctx context.Context, h image.Handle, accesses []image.Access) error
 	Capacity(ctx context.Context, domains []string, node string) (available, maxVolume, minVolume int64, err error)
 	Topology(domain string) (node string, err error)
+	Canonical(h image.Handle) image.Handle
 	Domains(ctx context.Context) []image.DomainInfo
 }
 

@@ -84,17 +84,14 @@ func (s *Server) ListSnapshots(ctx context.Context, req *csi.ListSnapshotsReques
 			return nil, err
 		}
 		source := req.GetSourceVolumeId()
-		if (source == "" || source == img.Source) && id > req.GetStartingToken() {
+		if (source == "" || s.madeOf(source)(img)) && img.Handle.String() > req.GetStartingToken() {
 			r.Entries = append(r.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: snapshot(img)})
 		}
 		return r, nil
 	}
 	var keep func(image.Image) bool
 	if source := req.GetSourceVolumeId(); source != "" {
-		if _, err := image.ParseHandle(source); err != nil {
-			return r, nil
-		}
-		keep = func(img image.Image) bool { return img.Source == source }
+		keep = s.madeOf(source)
 	}
 	images, next, err := s.list(ctx, false, after, max, keep)
 	if err != nil {
@@ -105,6 +102,20 @@ func (s *Server) ListSnapshots(ctx context.Context, req *csi.ListSnapshotsReques
 		r.Entries = append(r.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: snapshot(img)})
 	}
 	return r, nil
+}
+
+// madeOf says of snapshots whether they were made of a volume, whose domain may
+// have had another name then, or when its ID was given.
+func (s *Server) madeOf(volume string) func(image.Image) bool {
+	want, err := image.ParseHandle(volume)
+	if err != nil {
+		return func(image.Image) bool { return false } // it can never have existed
+	}
+	want = s.cfg.Manager.Canonical(want)
+	return func(img image.Image) bool {
+		h, err := image.ParseHandle(img.Source)
+		return err == nil && s.cfg.Manager.Canonical(h) == want
+	}
 }
 
 // snapshotImage finds a snapshot. A volume's handle is not a snapshot's.
