@@ -71,11 +71,15 @@ type Directory struct {
 }
 
 // Open opens the directory at an absolute path that exists, and makes the
-// folders that are missing. nil for trees: plain directories.
+// folders that are missing. nil for trees: plain directories. fault.Invalid:
+// nothing can be kept there. fault.Unavailable: it is not there now.
 func Open(path string, trees Trees) (*Directory, error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, Fault(err)
+	}
+	if err := checkKeeps(root, path); err != nil {
+		return nil, errors.Join(Fault(err), root.Close())
 	}
 	hostname, err := os.Hostname()
 	if err != nil {
