@@ -50,8 +50,9 @@ bench: build ## measure beside the bare system calls, cp, qemu-img and bare devi
 	for program in $$(go list -f '{{if eq .Name "main"}}{{.ImportPath}}{{end}}' ./test/bench/...); do \
 	  echo "== $$program"; go run $$program; done
 
-lab: ## (not yet) run the kernel tests in QEMU with a stock distribution kernel
-	@echo 'make lab: the kernel lab does not exist yet' >&2; exit 1
+lab: ## run the *_lab_test.go files in QEMU with a stock distribution kernel
+	hack/lab/selftest
+	hack/lab/gotest
 
 e2e: ## (not yet) run the Kubernetes external storage suite on a real cluster
 	@echo 'make e2e: the cluster tests do not exist yet' >&2; exit 1
