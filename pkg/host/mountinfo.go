@@ -35,6 +35,15 @@ func (m Mount) SameTree(o Mount) bool {
 	return m.Major == o.Major && m.Minor == o.Minor && m.Root == o.Root
 }
 
+// PartOf says whether a mount shows something below the directory that the
+// other shows, and not that directory itself.
+func (m Mount) PartOf(o Mount) bool {
+	const deleted = "//deleted" // what the kernel adds to a name that is gone; see dentry_path
+	name := strings.TrimSuffix(strings.TrimSuffix(o.Root, deleted), "/")
+	return m.Major == o.Major && m.Minor == o.Minor && m.Root != o.Root &&
+		strings.HasPrefix(m.Root, name+"/") && m.Root != name+deleted
+}
+
 func has(list []string, word string) bool {
 	for _, w := range list {
 		if w == word {

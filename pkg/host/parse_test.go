@@ -33,6 +33,33 @@ func TestMountInfo(t *testing.T) {
 	}
 }
 
+func TestAPartLiesBelowAndNotBeside(t *testing.T) {
+	at := func(root string) Mount { return Mount{Major: 8, Minor: 1, Root: root} }
+	for _, c := range []struct {
+		part, whole string
+		want        bool
+	}{
+		{"/slabs/v/data/sub", "/slabs/v/data", true},
+		{"/slabs/v/data/sub/f", "/slabs/v/data", true},
+		{"/slabs/v/data/sub//deleted", "/slabs/v/data", true},
+		{"/slabs/v/data/sub//deleted", "/slabs/v/data//deleted", true},
+		{"/sub", "/", true},
+		{"/slabs/v/data", "/slabs/v/data", false},
+		{"/slabs/v/data2", "/slabs/v/data", false},
+		{"/slabs/v/data2/sub", "/slabs/v/data", false},
+		{"/slabs/v/data//deleted", "/slabs/v/data", false}, // another directory of that name
+		{"/slabs/v", "/slabs/v/data", false},
+		{"/", "/", false},
+	} {
+		if got := at(c.part).PartOf(at(c.whole)); got != c.want {
+			t.Errorf("%s is part of %s: %t", c.part, c.whole, got)
+		}
+	}
+	if other := (Mount{Major: 8, Minor: 2, Root: "/slabs/v/data/sub"}); other.PartOf(at("/slabs/v/data")) {
+		t.Error("of another filesystem")
+	}
+}
+
 func TestProbeOutput(t *testing.T) {
 	// blkid of util-linux 2.38.1.
 	s := parseProbe("DEVNAME=/dev/loop0\nUUID=7d3cbc46-8ae7-4b4b-a5cf-0c0f1a4a0f0b\nVERSION=1.0\nBLOCK_SIZE=4096\nTYPE=ext4\nUSAGE=filesystem\n")

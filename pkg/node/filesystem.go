@@ -80,7 +80,7 @@ func (n *Node) alreadyStaged(ctx context.Context, r StageRequest, dev block.Devi
 	}
 	m := s.at(r.StagingPath)
 	if m == nil {
-		if others := s.elsewhere(r.StagingPath); len(others) > 0 {
+		if others := append(s.elsewhere(r.StagingPath), points(s.parts)...); len(others) > 0 {
 			return false, fault.New(fault.Exists, "the image is in use at %q, and not staged at %q: unpublish and unstage it there first", others, r.StagingPath)
 		}
 		return false, n.free(r.StagingPath)

@@ -158,7 +158,7 @@ func (n *Node) dropUnused(ctx context.Context, h image.Handle, dev block.Device)
 	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
 	defer cancel()
 	s, err := n.find(ctx, h)
-	if err == nil && len(s.mounts) > 0 {
+	if err == nil && len(s.mounts)+len(s.parts) > 0 {
 		return true // whoever mounted it takes it down
 	}
 	if err == nil {

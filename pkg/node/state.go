@@ -21,6 +21,9 @@ type state struct {
 	// mounts of the image's filesystem or directory that show all of it; for raw
 	// block those of its device nodes.
 	mounts []host.Mount
+	// parts are mounts that show a directory or file inside of the image, such as
+	// those of a container's subPath. They need no mount of the whole image to live on.
+	parts  []host.Mount
 	anchor *host.Mount // of a directory
 }
 
@@ -34,8 +37,12 @@ func (n *Node) find(ctx context.Context, h image.Handle) (state, error) {
 	if s.anchor = anchorOf(mounts, h); s.anchor != nil {
 		tree := covering(mounts, *s.anchor)
 		for _, m := range mounts {
-			if tree != nil && m.SameTree(*tree) {
+			switch {
+			case tree == nil:
+			case m.SameTree(*tree):
 				s.mounts = append(s.mounts, m)
+			case m.PartOf(*tree):
+				s.parts = append(s.parts, m)
 			}
 		}
 		return s, nil
@@ -47,6 +54,8 @@ func (n *Node) find(ctx context.Context, h image.Handle) (state, error) {
 		for _, m := range mounts {
 			if shows(m, d) {
 				s.mounts = append(s.mounts, m)
+			} else if d.Use == block.Filesystem && m.Source == d.Path {
+				s.parts = append(s.parts, m)
 			}
 		}
 	}
@@ -82,6 +91,15 @@ func (s state) elsewhere(path string) []string {
 		if m.Point != path {
 			out = append(out, m.Point)
 		}
+	}
+	return out
+}
+
+// points are the mount points of mounts.
+func points(mounts []host.Mount) []string {
+	out := make([]string, 0, len(mounts))
+	for _, m := range mounts {
+		out = append(out, m.Point)
 	}
 	return out
 }

@@ -38,6 +38,9 @@ func (n *Node) unstage(ctx context.Context, h image.Handle, staging string) erro
 	if targets := s.targets(staging); len(targets) > 0 {
 		return fault.New(fault.InUse, "it is still published at %q: unpublish it there first", targets)
 	}
+	if len(s.parts) > 0 {
+		return fault.New(fault.InUse, "a part of it is still mounted at %q: end the containers that use it, or unmount that", points(s.parts))
+	}
 	if f := n.forgetFreeze(h); f != nil { // whoever relied on it will find it gone
 		if err := f.Thaw(); err != nil && !errors.Is(err, fault.Conflict) {
 			return err
