@@ -28,6 +28,18 @@ func (s suite) TestCapabilitiesHaveTests(t *testing.T) {
 	}
 }
 
+// native is what the engine does natively, c with it. The test ends when c is
+// expected of the engine, but not declared by it.
+func (s suite) native(t *testing.T, e engine.Engine, c engine.Capability) engine.Capabilities {
+	t.Helper()
+	caps := engine.Discover(e)
+	if !slices.Contains(caps.List(), c) {
+		t.Fatalf("capability %q is expected (Harness.Expect), but the engine does not declare it: it declares %v; its notes: %q",
+			c, caps.List(), describe(t, e).Notes)
+	}
+	return caps
+}
+
 type copyFunc func(ctx context.Context, source string, spec engine.SlabSpec) error
 
 // copies runs test with each native way of making a slab from another, on each
@@ -48,10 +60,11 @@ func (s suite) copies(t *testing.T, only engine.Capability, test func(t *testing
 			continue
 		}
 		t.Run(string(way), func(t *testing.T) {
+			s.native(t, s.one(t), way)
 			works := 0
 			s.kinds(t, func(t *testing.T, e engine.Engine, k engine.Kind) {
 				create(t, e, "probe", k, mib)
-				make := get(engine.Discover(e))
+				make := get(s.native(t, e, way))
 				switch err := make(t.Context(), "probe", engine.SlabSpec{ID: "probed", Kind: k, Size: mib}); {
 				case errors.Is(err, engine.ErrDeclined):
 					same(t, "slabs after a call that was declined", slabIDs(t, e), []string{"probe"})
@@ -286,7 +299,7 @@ func (s suite) TestMeter(t *testing.T) {
 		return
 	}
 	s.kinds(t, func(t *testing.T, e engine.Engine, k engine.Kind) {
-		meter := engine.Discover(e).Meter
+		meter := s.native(t, e, engine.CapMeter).Meter
 		u, err := meter.DomainUsage(t.Context())
 		ok(t, err)
 		if u.Total <= 0 || u.Used < 0 || u.Available <= 0 || u.Used+u.Available > u.Total {
@@ -327,6 +340,7 @@ func (s suite) TestQuotaStopsAWriter(t *testing.T) {
 		return
 	}
 	e := s.one(t)
+	caps := s.native(t, e, engine.CapQuota)
 	const size, slack = 16 * mib, 4 * mib
 	create(t, e, "a", engine.Tree, size)
 	a := attach(t, e, "a")
@@ -338,14 +352,14 @@ func (s suite) TestQuotaStopsAWriter(t *testing.T) {
 	if both := first + fill(t, a+"/second", 64*mib); both < 2*size-slack || both > 2*size+slack {
 		t.Errorf("a tree that grew to %d bytes took %d", 2*size, both)
 	}
-	quota := engine.Discover(e).Quota
+	quota := caps.Quota
 	ok(t, quota.SetQuota(t.Context(), "a", 3*size))
 	if third := fill(t, a+"/third", 64*mib); third < size-slack {
 		t.Errorf("with a quota of %d more bytes the tree took %d", size, third)
 	}
 	fails(t, quota.SetQuota(t.Context(), "nothing", size), fault.NotFound)
 	fails(t, quota.SetQuota(t.Context(), "a", 0), fault.Invalid)
-	if snapshotter := engine.Discover(e).Snapshotter; snapshotter != nil {
+	if snapshotter := caps.Snapshotter; snapshotter != nil {
 		switch err := snapshotter.SnapshotSlab(t.Context(), "a", engine.SlabSpec{ID: "b", Kind: engine.Tree, Size: 4 * size}); {
 		case errors.Is(err, engine.ErrDeclined):
 		case err != nil:
