@@ -22,6 +22,7 @@ type world struct {
 	domain string // of its own, because marks of devices are the host's
 	dir    string // holds slabs and stands for the kubelet's folder
 	node   *Node
+	slabs  *attachments
 	*manager
 }
 
@@ -86,17 +87,58 @@ func (m *manager) Get(_ context.Context, h image.Handle) (image.Image, error) {
 type files struct {
 	engine.Engine
 	dir string
+	*attachments
+}
+
+// attachments are the slabs that are attached now.
+type attachments struct {
+	mu      sync.Mutex
+	slabs   map[string]bool
+	stuck   error         // what detaching answers, if not nil
+	reached chan struct{} // if not nil, attaching says so there and waits
+	goOn    chan struct{}
+}
+
+func newAttachments() *attachments { return &attachments{slabs: map[string]bool{}} }
+
+func (a *attachments) of(id string) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.slabs[id]
+}
+
+func (a *attachments) fail(err error) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.stuck = err
 }
 
 func (f files) AttachSlab(_ context.Context, id string, _ engine.AttachOptions) (engine.Attachment, error) {
 	p := filepath.Join(f.dir, id)
+	f.mu.Lock()
+	reached, goOn := f.reached, f.goOn
+	f.mu.Unlock()
+	if reached != nil {
+		reached <- struct{}{}
+		<-goOn
+	}
 	if _, err := os.Lstat(p); err != nil {
 		return engine.Attachment{}, fault.New(fault.NotFound, "slab %s: %w", id, err)
 	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.slabs[id] = true
 	return engine.Attachment{Path: p}, nil
 }
 
-func (f files) DetachSlab(context.Context, string) error { return nil }
+func (f files) DetachSlab(_ context.Context, id string) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.stuck == nil {
+		delete(f.slabs, id)
+	}
+	return f.stuck
+}
 
 func (f files) Describe(context.Context) (engine.Description, error) {
 	return engine.Description{}, nil
@@ -112,7 +154,7 @@ func newWorld(t *testing.T) *world {
 		t.Skip("needs root for loop devices and mounts")
 	}
 	dir := t.TempDir()
-	w := &world{t: t, dir: dir, domain: strings.ToLower(filepath.Base(filepath.Dir(dir))), manager: newManager()}
+	w := &world{t: t, dir: dir, domain: strings.ToLower(filepath.Base(filepath.Dir(dir))), manager: newManager(), slabs: newAttachments()}
 	w.restart()
 	t.Cleanup(w.cleanUp)
 	return w
@@ -125,7 +167,7 @@ func (w *world) restart() {
 			if d != w.domain {
 				return nil, fault.New(fault.Unavailable, "domain %s is not open", d)
 			}
-			return files{dir: w.dir}, nil
+			return files{dir: w.dir, attachments: w.slabs}, nil
 		}})
 }
 

@@ -45,11 +45,11 @@ func (n *Node) stageFilesystem(ctx context.Context, r StageRequest, st image.Sta
 	// time it is: a repeated call must not fail for that.
 	if n.host.GrowsOnline(fsType) {
 		if err := n.fill(ctx, r.Handle, dev, fsType, r.StagingPath); err != nil {
-			return remains(err)
+			return err
 		}
 	}
 	if group >= 0 {
-		return remains(giveToGroup(r.StagingPath, group))
+		return giveToGroup(r.StagingPath, group)
 	}
 	return nil
 }

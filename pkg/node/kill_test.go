@@ -83,7 +83,7 @@ func (w *world) cycle(st image.Staging, a image.Access, in func(target string) e
 }
 
 func churn(dir, domain, kind string) error {
-	w := &world{dir: dir, domain: domain, manager: newManager()}
+	w := &world{dir: dir, domain: domain, manager: newManager(), slabs: newAttachments()}
 	w.restart()
 	st, a := churnImage(domain, kind)
 	w.images[st.Handle] = st

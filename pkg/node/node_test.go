@@ -612,9 +612,9 @@ func TestAVolumeInUseIsNotTornDown(t *testing.T) {
 	w.ok(w.node.Unpublish(bg, h, w.path("target")))
 	other := w.request(h, host.Ext4)
 	other.StagingPath = w.path("elsewhere")
-	w.fails(w.node.Stage(bg, other), fault.Exists, w.staging(h))
+	w.fails(w.node.Stage(bg, other), fault.Unavailable, "staged in part", w.staging(h))
 	xfs := w.request(h, host.XFS)
-	w.fails(w.node.Stage(bg, xfs), fault.Invalid, "xfs", "ext4")
+	w.fails(w.node.Stage(bg, xfs), fault.Unavailable, "staged in part", "xfs", "ext4")
 }
 
 func TestWaitingCallersLearnThatWorkGoesOn(t *testing.T) {

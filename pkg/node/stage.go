@@ -39,7 +39,9 @@ type StageRequest struct {
 // when ctx ends; whoever asks again meanwhile gets fault.Pending.
 //
 // fault.Invalid: the request does not fit the image. fault.Exists: something
-// else is staged at the path. fault.Corrupt: the slab is damaged.
+// else is staged at the path. fault.Corrupt: the slab is damaged. While
+// anything of the image is on the node, staged before or left by this call,
+// such an error is fault.Unavailable instead: it has to be unstaged.
 func (n *Node) Stage(ctx context.Context, r StageRequest) error {
 	return fault.In(n.stage(ctx, r), "stage", r.Handle.Domain, r.Handle.Image)
 }
@@ -65,6 +67,18 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		return err
 	}
 	defer unlock()
+	err = n.build(ctx, r, group)
+	if err == nil || !final(err) {
+		return err
+	}
+	if there, ferr := n.there(context.WithoutCancel(ctx), r.Handle); there || ferr != nil {
+		return remains(err)
+	}
+	return err
+}
+
+// build does the work of stage; the image's lock is held.
+func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
 	st, err := n.cfg.Manager.Stage(ctx, r.Handle, n.cfg.NodeID, r.Generation)
 	if err != nil {
 		return err
@@ -78,6 +92,17 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		return err
 	}
 	readOnly := st.ReadOnly || r.Access.Mode.ReadOnly()
+	n.mu.Lock()
+	n.slabs[r.Handle] = st.Slabs
+	n.mu.Unlock()
+	if err := n.assemble(ctx, r, st, e, readOnly, group); err != nil {
+		return n.giveUp(ctx, r.Handle, err)
+	}
+	return nil
+}
+
+// assemble attaches the slabs and puts together what is used of them.
+func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, e engine.Engine, readOnly bool, group int) error {
 	paths := make([]string, 0, len(st.Slabs))
 	for _, id := range st.Slabs {
 		a, err := e.AttachSlab(ctx, id, engine.AttachOptions{ReadOnly: readOnly})
@@ -86,10 +111,6 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 		}
 		paths = append(paths, a.Path)
 	}
-	n.mu.Lock()
-	n.slabs[r.Handle] = st.Slabs
-	n.mu.Unlock()
-
 	if st.Layout == image.LayoutDirectory {
 		return n.stageTree(ctx, r, paths[0], readOnly, group)
 	}
@@ -107,27 +128,57 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 	if use == block.Raw {
 		return nil
 	}
-	if err := n.stageFilesystem(ctx, r, st, dev, readOnly, group); err != nil {
-		if !n.dropUnused(ctx, r.Handle, dev) {
+	return n.stageFilesystem(ctx, r, st, dev, readOnly, group)
+}
+
+// giveUp takes down what a failed staging made and nobody uses: its device and
+// what the engine attached. What is mounted, or handed out as a raw block
+// device, may be an earlier staging's work and stays. If anything is left, the
+// error says so by its kind.
+func (n *Node) giveUp(ctx context.Context, h image.Handle, err error) error {
+	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+	defer cancel()
+	s, ferr := n.find(ctx, h)
+	if ferr != nil || s.anchor != nil || s.raw() || len(s.mounts)+len(s.parts) > 0 {
+		return remains(err)
+	}
+	for _, d := range s.devices {
+		if derr := n.devices.Detach(ctx, d); derr != nil {
+			klog.FromContext(ctx).Error(derr, "Detaching the device of a failed staging; unstaging will try again", "image", h, "device", d.Path)
 			return remains(err)
 		}
-		return err
 	}
-	return nil
+	if derr := n.detachSlabs(ctx, h); derr != nil && !errors.Is(derr, fault.NotFound) {
+		klog.FromContext(ctx).Error(derr, "Detaching the slabs of a failed staging; unstaging will try again", "image", h)
+		return remains(err)
+	}
+	return err
+}
+
+// there says whether anything of an image is on this node.
+func (n *Node) there(ctx context.Context, h image.Handle) (bool, error) {
+	s, err := n.find(ctx, h)
+	return s.anchor != nil || len(s.devices) > 0, err
 }
 
 // remains gives the error of a staging that leaves something behind a kind
 // after which the kubelet unstages: after any other it forgets the volume,
 // which could then never be detached.
 func remains(err error) error {
-	if err == nil {
-		return nil
-	}
-	switch fault.KindOf(err) {
-	case fault.Unavailable, fault.Pending, fault.Canceled, fault.Deadline:
+	if err == nil || !final(err) {
 		return err
 	}
 	return fault.New(fault.Unavailable, "it is staged in part: %w", err)
+}
+
+// final says whether the kubelet takes an error for the end of a staging: its
+// isFinalError goes by the codes that these kinds become.
+func final(err error) bool {
+	switch fault.KindOf(err) {
+	case fault.Unavailable, fault.Pending, fault.Conflict, fault.Exhausted, fault.Canceled, fault.Deadline:
+		return false
+	}
+	return true
 }
 
 // damaged adds to an error about a slab what to do. The image exists: a
@@ -150,24 +201,6 @@ func fits(r StageRequest, st image.Staging) error {
 		return fault.New(fault.Exists, "access block=%t was asked for, and the image is attached with block=%t", r.Access.Block, st.Block)
 	}
 	return nil
-}
-
-// dropUnused detaches a device that a failed staging left without a mount; a
-// device that is in use stays. It says whether what had to go is gone.
-func (n *Node) dropUnused(ctx context.Context, h image.Handle, dev block.Device) bool {
-	ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
-	defer cancel()
-	s, err := n.find(ctx, h)
-	if err == nil && len(s.mounts)+len(s.parts) > 0 {
-		return true // whoever mounted it takes it down
-	}
-	if err == nil {
-		err = n.devices.Detach(ctx, dev)
-	}
-	if err != nil {
-		klog.FromContext(ctx).Error(err, "Detaching the device of a failed staging; unstaging will try again", "image", h, "device", dev.Path)
-	}
-	return err == nil
 }
 
 // stageTree binds a directory slab over an anchor that names the image.
@@ -209,7 +242,7 @@ func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOn
 		return treeToGroup(r.StagingPath, group, attr)
 	}
 	if err := n.host.Bind(ctx, dir, r.StagingPath, attr); err != nil {
-		return remains(err)
+		return err
 	}
 	return treeToGroup(r.StagingPath, group, attr)
 }
@@ -218,7 +251,7 @@ func treeToGroup(path string, group int, attr host.MountAttr) error {
 	if group < 0 || attr&host.ReadOnly != 0 {
 		return nil
 	}
-	return remains(giveToGroup(path, group))
+	return giveToGroup(path, group)
 }
 
 // free refuses a staging path on which something else is mounted.
