@@ -50,7 +50,13 @@ func (e Endpoint) Path() string { return e.path }
 // A socket that nobody serves any more is replaced; closing the listener
 // removes it. fault.InUse: somebody answers there. fault.Invalid: something
 // else than a socket is there.
-func (e Endpoint) Listen() (net.Listener, error) {
+func (e Endpoint) Listen() (net.Listener, error) { return e.listen(0o600) }
+
+// ListenGroup is Listen for this user and the socket's group (mode 0660): a
+// sidecar need not be root.
+func (e Endpoint) ListenGroup() (net.Listener, error) { return e.listen(0o660) }
+
+func (e Endpoint) listen(mode os.FileMode) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(e.path), 0o750); err != nil {
 		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
 	}
@@ -62,15 +68,27 @@ func (e Endpoint) Listen() (net.Listener, error) {
 	}
 	// Linux gives the socket's file the mode that the descriptor has at bind:
 	// unlike a chmod afterwards, that leaves no moment in which others may connect.
-	var mode error
+	var failed error
 	cfg := net.ListenConfig{Control: func(_, _ string, c syscall.RawConn) error {
-		return errors.Join(c.Control(func(fd uintptr) { mode = unix.Fchmod(int(fd), 0o600) }), mode)
+		return errors.Join(c.Control(func(fd uintptr) { failed = unix.Fchmod(int(fd), uint32(mode)) }), failed)
 	}}
 	l, err := cfg.Listen(context.Background(), "unix", e.path)
 	if err != nil {
 		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
 	}
+	if err := e.widen(mode); err != nil {
+		return nil, errors.Join(fault.New(fault.Invalid, "endpoint %s: %w", e, err), l.Close())
+	}
 	return l, nil
+}
+
+// widen gives the socket what the process's umask has taken away at bind.
+func (e Endpoint) widen(mode os.FileMode) error {
+	info, err := os.Lstat(e.path)
+	if err != nil || info.Mode().Perm() == mode {
+		return err
+	}
+	return os.Chmod(e.path, mode)
 }
 
 // Unused says whether a socket can be made: nothing is there, or one that

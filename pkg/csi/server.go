@@ -7,13 +7,8 @@ package csi
 
 import (
 	"context"
-	"errors"
-	"fmt"
-	"io/fs"
 	"net"
-	"os"
 	"regexp"
-	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -24,6 +19,7 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
+	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
@@ -155,6 +151,7 @@ var label = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]*[a-zA-Z0-9])?$`)
 // Serve answers calls at endpoint, "unix:///path/of/socket", until ctx ends;
 // then running calls may finish for a short time. A socket that nobody serves
 // any more is replaced. fault.InUse: another process serves there.
+// fault.Invalid: the endpoint is none, or something else is there.
 func (s *Server) Serve(ctx context.Context, endpoint string) error {
 	l, err := listen(endpoint)
 	if err != nil {
@@ -188,36 +185,12 @@ func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	return fault.Wrap(fault.Internal, <-served)
 }
 
-// listen makes the socket. The path is removed first if it is a socket that
-// refuses connections: the left-over of a process that was killed.
+// listen makes the socket: whoever may connect commands the storage, so it is
+// for the owner and the group only.
 func listen(endpoint string) (net.Listener, error) {
-	path, ok := strings.CutPrefix(endpoint, "unix://")
-	if !ok || !strings.HasPrefix(path, "/") {
-		return nil, fault.New(fault.Invalid, "endpoint %q: it must be of the form unix:///absolute/path", endpoint)
-	}
-	info, err := os.Lstat(path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-	case err != nil:
-		return nil, fault.New(fault.Internal, "endpoint %q: %w", endpoint, err)
-	case info.Mode()&fs.ModeSocket == 0:
-		return nil, fault.New(fault.Exists, "endpoint %q: the path is taken by something that is not a socket (%s); it is left alone: remove it or choose another path", endpoint, info.Mode())
-	default:
-		if c, err := net.DialTimeout("unix", path, time.Second); err == nil {
-			_ = c.Close() // only a probe
-			return nil, fault.New(fault.InUse, "endpoint %q: another process serves there", endpoint)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, fault.New(fault.Internal, "removing the stale socket of endpoint %q: %w", endpoint, err)
-		}
-	}
-	l, err := net.Listen("unix", path)
+	e, err := admin.ParseEndpoint(endpoint)
 	if err != nil {
-		return nil, fault.New(fault.Internal, "endpoint %q: %w", endpoint, err)
+		return nil, err
 	}
-	// Whoever may connect commands the storage: the owner and the group only.
-	if err := os.Chmod(path, 0o660); err != nil {
-		return nil, errors.Join(fmt.Errorf("endpoint %q: %w", endpoint, err), l.Close())
-	}
-	return l, nil
+	return e.ListenGroup()
 }
