@@ -1,0 +1,242 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// Suspension is a set of suspended devices and the child that watches over it.
+type Suspension struct {
+	local   *Local
+	devices []Mapped // in the order to resume in
+	dog     *resumer
+	ended   chan struct{} // closed when the watchdog has ended; nil without devices
+
+	mu   sync.Mutex
+	over bool
+}
+
+// SuspendAll suspends devices, and freezes the filesystems on them, until Resume: all or
+// none. Devices that stand on each other are taken in the order that works. A
+// child resumes them after limit, or when this process dies (unless a
+// container takes the child along: a starting agent calls ResumeLeft).
+//
+// Such a resume puts inactive tables in force that were loaded by then, of some devices
+// perhaps and not of others. So between SuspendAll and Resume only tables may be loaded
+// that read the same as those in force, like one with an empty layer on top.
+//
+// fault.InUse: a device is suspended already, or somebody froze its filesystem.
+// fault.NotFound: there is no such device. fault.Unavailable: writing out
+// took longer than limit.
+func (l *Local) SuspendAll(ctx context.Context, devices []Mapped, limit time.Duration) (*Suspension, error) {
+	var now []Mapped
+	for _, d := range devices {
+		if slices.ContainsFunc(now, func(m Mapped) bool { return m.UUID == d.UUID }) {
+			continue
+		}
+		m, err := l.MappedByUUID(ctx, d.UUID)
+		switch {
+		case err != nil:
+			return nil, err
+		case m == nil || m.Targets == nil:
+			return nil, fault.New(fault.NotFound, "suspend device %s: there is no such device-mapper device, or it has no table", d.Name)
+		case m.Suspended:
+			return nil, fault.New(fault.InUse, "suspend device %s (%s): it is suspended already: \"dmsetup resume %s\" ends that if nobody works on it", m.Name, m.Path, m.Name)
+		}
+		now = append(now, *m)
+	}
+	s := &Suspension{local: l, devices: lowerFirst(now)}
+	if len(now) == 0 {
+		return s, nil
+	}
+	deadline := time.Now().Add(limit)
+	if err := s.watch(ctx, limit); err != nil {
+		return nil, err
+	}
+	for i := len(s.devices) - 1; i >= 0; i-- {
+		underWay, err := l.suspend(ctx, s.devices[i], true, time.Until(deadline))
+		if err == nil {
+			continue
+		}
+		undone := s.resume(s.devices[i+1:])
+		if underWay == nil && undone == nil {
+			s.dismiss()
+		} else {
+			// Something may be suspended yet: the watchdog stays and resumes it, should
+			// the call that was left behind not come to it.
+			s.abandon(underWay)
+		}
+		return nil, errors.Join(err, undone)
+	}
+	if !s.asked() {
+		err := s.resume(s.devices)
+		s.abandon(nil) // it resumes as well, or has
+		return nil, errors.Join(fault.New(fault.Unavailable, "%s could not be suspended within %s: there is too much to write, or the storage is too slow", s.names(), limit), err)
+	}
+	return s, nil
+}
+
+func (s *Suspension) watch(ctx context.Context, limit time.Duration) error {
+	control, err := guarded(ctx, &s.local.guard, "open "+dmControl, quick, func() (fd int, err error) {
+		f, err := s.local.control(ctx)
+		if err != nil {
+			return -1, err
+		}
+		defer f.Close()
+		fd, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		return fd, fault.Wrap(fault.Unavailable, err)
+	})
+	if err != nil {
+		return err
+	}
+	var uuids []string
+	for _, m := range s.devices {
+		uuids = append(uuids, m.UUID)
+	}
+	s.dog, err = startWatchdog(control, uuids, limit)
+	_ = unix.Close(control) // the child has its own
+	if err != nil {
+		return err
+	}
+	s.ended = make(chan struct{})
+	go func() {
+		resumed := s.dog.wait()
+		s.mu.Lock()
+		if !s.over && !resumed { // it was killed: nobody else would resume
+			_ = s.resume(s.devices)
+		}
+		s.mu.Unlock()
+		close(s.ended)
+	}()
+	return nil
+}
+
+// Holds says whether the suspension has held without a break so far.
+func (s *Suspension) Holds() bool {
+	select {
+	case <-s.ended:
+		return false
+	default:
+		return true
+	}
+}
+
+// Resume puts the loaded tables in force and lets I/O go on, everywhere.
+//
+// fault.Conflict: the suspension had ended before, by its limit or by somebody
+// else's hand, on some of the devices or all; what was read, flushed or loaded
+// meanwhile is no one point in time. Nothing stays suspended, but a table that was
+// loaded afterwards is still inactive: ClearMapped or ResumeMapped. Any other error: a
+// device is still suspended, and the watchdog keeps trying until its limit.
+func (s *Suspension) Resume() error {
+	if s.local == nil || s.dog == nil {
+		return nil
+	}
+	s.mu.Lock()
+	if s.over {
+		s.mu.Unlock()
+		return fault.New(fault.Conflict, "the suspension of %s has ended before", s.names())
+	}
+	s.over = true
+	s.mu.Unlock()
+	// From the answer on it does not matter who resumes first, we or the watchdog.
+	held, why := s.asked(), "its watchdog resumed it"
+	ctx := context.Background() // a cut is ended, whoever gave up meanwhile
+	var still []Mapped
+	for _, m := range s.devices {
+		r, err := s.local.dm(ctx, "ask", quick, unix.DM_DEV_STATUS, dmRequest{UUID: m.UUID})
+		if err == nil && r.Flags&unix.DM_SUSPEND_FLAG == 0 {
+			if held {
+				held, why = false, "somebody else resumed "+m.Name
+			}
+			continue
+		}
+		still = append(still, m)
+	}
+	if err := s.resume(still); err != nil {
+		_ = s.dog.close() // which makes it resume as well
+		return err
+	}
+	s.dismiss()
+	if !held {
+		return fault.New(fault.Conflict, "the suspension of %s did not hold: %s", s.names(), why)
+	}
+	return nil
+}
+
+// asked asks the watchdog whether it has left the devices alone.
+func (s *Suspension) asked() bool { return s.Holds() && s.dog.ask() }
+
+func (s *Suspension) resume(devices []Mapped) error {
+	var errs []error
+	for _, m := range devices {
+		errs = append(errs, s.local.ResumeMapped(context.Background(), m))
+	}
+	return errors.Join(errs...)
+}
+
+// dismiss sends the watchdog home and waits for it.
+func (s *Suspension) dismiss() {
+	s.mu.Lock()
+	s.over = true
+	s.mu.Unlock()
+	s.dog.dismiss()
+	<-s.ended
+	_ = s.dog.close()
+}
+
+// abandon leaves the watchdog at work to its limit, and lets it go
+// when the suspend under way, if there is one, has ended as well.
+func (s *Suspension) abandon(underWay <-chan struct{}) {
+	s.mu.Lock()
+	s.over = true
+	s.mu.Unlock()
+	go func() {
+		if underWay != nil {
+			<-underWay
+		}
+		<-s.ended
+		_ = s.dog.close()
+	}()
+}
+
+func (s *Suspension) names() string {
+	var names []string
+	for _, m := range s.devices {
+		names = append(names, m.Name)
+	}
+	return strings.Join(names, ", ")
+}
+
+// ResumeLeft resumes the devices with a UUID prefix that an agent that died
+// left suspended, and returns them as they were before. Inactive tables come
+// into force: see SuspendAll. Those of devices that are not suspended stay.
+func (l *Local) ResumeLeft(ctx context.Context, uuidPrefix string) ([]Mapped, error) {
+	all, err := l.Mapped(ctx, uuidPrefix)
+	if err != nil {
+		return nil, err
+	}
+	var left []Mapped
+	var errs []error
+	for _, m := range lowerFirst(all) {
+		if !m.Suspended || m.Targets == nil {
+			continue
+		}
+		if err := l.ResumeMapped(ctx, m); err != nil {
+			if !errors.Is(err, fault.NotFound) {
+				errs = append(errs, err)
+			}
+			continue
+		}
+		left = append(left, m)
+	}
+	return left, errors.Join(errs...)
+}
