@@ -22,9 +22,9 @@ const (
 	fithaw   = 0xc0045878
 )
 
-// watchdog thaws the filesystem at $2 unless it reads a "t" within $1
+// thawWatchdog thaws the filesystem at $2 unless it reads a "t" within $1
 // seconds; the pipe's end means that the agent died. Status 3: it had to.
-const watchdog = `if [ "$(timeout "$1" head -c 1)" = t ]; then exit 0; fi; fsfreeze -u "$2"; exit 3`
+const thawWatchdog = `if [ "$(timeout "$1" head -c 1)" = t ]; then exit 0; fi; fsfreeze -u "$2"; exit 3`
 
 // Freeze is a frozen filesystem and the child that watches over it.
 type Freeze struct {
@@ -121,7 +121,7 @@ func mountRoot(f *os.File) error {
 
 func (f *Freeze) watch(limit time.Duration) error {
 	seconds := strconv.FormatFloat(limit.Seconds(), 'f', 3, 64)
-	cmd := exec.Command("sh", "-c", watchdog, "sh", seconds, "/proc/self/fd/3")
+	cmd := exec.Command("sh", "-c", thawWatchdog, "sh", seconds, "/proc/self/fd/3")
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.ExtraFiles = []*os.File{f.dir}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // signals to the agent's group are not for it

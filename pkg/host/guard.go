@@ -15,7 +15,7 @@ import (
 // zero Guard is ready for use.
 type Guard struct {
 	mu    sync.Mutex
-	stuck map[string]struct{}
+	stuck map[string]int
 }
 
 // Do runs f, which must change nothing that the caller shares with it except
@@ -23,23 +23,42 @@ type Guard struct {
 // asked ("statfs /mnt"). fault.Unavailable: it did not answer within limit, or
 // an earlier attempt still hangs; a done context ends the wait as well.
 func (g *Guard) Do(ctx context.Context, key string, limit time.Duration, f func() error) error {
+	return g.offer(ctx, key, limit, func(_ context.Context, hand func(error) bool) { hand(f()) })
+}
+
+// offer is Do for an f that makes something. f hands its outcome over once,
+// before it returns. If hand says false nobody waits any more: then what was
+// made has no owner, and f undoes it. f's context is done from then on, so that
+// it need not make anything.
+func (g *Guard) offer(ctx context.Context, key string, limit time.Duration, f func(ctx context.Context, hand func(error) (taken bool))) error {
 	g.mu.Lock()
-	_, hangs := g.stuck[key]
+	hangs := g.stuck[key] > 0
 	g.mu.Unlock()
 	if hangs {
 		return fault.New(fault.Unavailable, "%s: an earlier attempt still hangs: the storage does not answer", key)
 	}
 	done := make(chan error)
-	left := make(chan struct{})
+	left, leave := context.WithCancel(context.WithoutCancel(ctx))
 	go func() {
-		err := f()
-		select {
-		case done <- err:
-		case <-left:
-			g.mu.Lock()
-			delete(g.stuck, key)
-			g.mu.Unlock()
+		taken := false
+		f(left, func(err error) bool {
+			select {
+			case done <- err:
+				taken = true
+			case <-left.Done():
+			}
+			return taken
+		})
+		if taken {
+			leave()
+			return
 		}
+		<-left.Done()
+		g.mu.Lock()
+		if g.stuck[key]--; g.stuck[key] == 0 {
+			delete(g.stuck, key)
+		}
+		g.mu.Unlock()
 	}()
 	timer := time.NewTimer(limit)
 	defer timer.Stop()
@@ -54,11 +73,11 @@ func (g *Guard) Do(ctx context.Context, key string, limit time.Duration, f func(
 	}
 	g.mu.Lock()
 	if g.stuck == nil {
-		g.stuck = map[string]struct{}{}
+		g.stuck = map[string]int{}
 	}
-	g.stuck[key] = struct{}{}
+	g.stuck[key]++
 	g.mu.Unlock()
-	close(left)
+	leave()
 	return why
 }
 
@@ -66,7 +85,11 @@ func (g *Guard) Do(ctx context.Context, key string, limit time.Duration, f func(
 func (g *Guard) Abandoned() int {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return len(g.stuck)
+	n := 0
+	for _, calls := range g.stuck {
+		n += calls
+	}
+	return n
 }
 
 // guarded is Do for a function with a result.

@@ -56,36 +56,88 @@ func (l *Local) AttachLoop(ctx context.Context, spec LoopSpec) (Loop, error) {
 	if spec.Mark == "" || len(spec.Mark) > MaxMark {
 		return Loop{}, fault.New(fault.Internal, "loop device for %s: mark %q has %d bytes: 1 to %d are allowed", spec.File, spec.Mark, len(spec.Mark), MaxMark)
 	}
-	return guarded(ctx, &l.guard, "attach a loop device to "+spec.File, loopTimeout, func() (Loop, error) {
-		flags := os.O_RDWR
-		if spec.ReadOnly {
-			flags = os.O_RDONLY
-		}
-		f, err := os.OpenFile(spec.File, flags, 0)
+	var out Loop
+	err := l.guard.offer(ctx, "attach a loop device to "+spec.File, loopTimeout, func(ctx context.Context, hand func(error) bool) {
+		lp, h, err := l.attachLoop(ctx, spec)
 		if err != nil {
-			return Loop{}, ioError("open", spec.File, err)
+			h.undo()
+			h.letGo()
+			hand(err)
+			return
 		}
-		defer f.Close()
-		if err := largeEnough(f, spec.Size); err != nil {
-			return Loop{}, err
+		out = lp
+		if !hand(nil) {
+			h.undo()
 		}
-		unlock, err := lockLoops(ctx, spec.File, flags)
-		if err != nil {
-			return Loop{}, err
-		}
-		defer unlock()
-		found, err := l.loopOf(ctx, f)
-		if err != nil {
-			return Loop{}, err
-		}
-		if found != nil {
-			lp, ok, err := l.reuseLoop(ctx, *found, spec)
-			if ok || err != nil {
-				return lp, err
-			}
-		}
-		return l.newLoop(ctx, f, spec)
+		h.letGo()
 	})
+	if err != nil {
+		return Loop{}, err // out may still be written by what was left behind
+	}
+	return out, nil
+}
+
+// loopHold keeps a device that was just attached from everybody else until it
+// is clear whether somebody still wants it. The zero loopHold holds nothing.
+type loopHold struct {
+	device *os.File
+	made   bool // by this call
+	kept   bool // this call kept it from going
+	unlock func()
+}
+
+// undo leaves the device as it was before; while the hold lasts nobody can have
+// found it.
+func (h loopHold) undo() {
+	switch {
+	case h.made:
+		_ = unix.IoctlSetInt(int(h.device.Fd()), unix.LOOP_CLR_FD, 0) // it goes when it is closed
+	case h.kept:
+		if info, err := unix.IoctlLoopGetStatus64(int(h.device.Fd())); err == nil {
+			info.Flags |= unix.LO_FLAGS_AUTOCLEAR
+			_ = unix.IoctlLoopSetStatus64(int(h.device.Fd()), info)
+		}
+	}
+}
+
+func (h loopHold) letGo() {
+	if h.device != nil {
+		_ = h.device.Close()
+	}
+	if h.unlock != nil {
+		h.unlock()
+	}
+}
+
+// attachLoop does the work of AttachLoop. The hold is to be let go in any case.
+func (l *Local) attachLoop(ctx context.Context, spec LoopSpec) (lp Loop, h loopHold, err error) {
+	flags := os.O_RDWR
+	if spec.ReadOnly {
+		flags = os.O_RDONLY
+	}
+	f, err := os.OpenFile(spec.File, flags, 0)
+	if err != nil {
+		return Loop{}, h, ioError("open", spec.File, err)
+	}
+	defer f.Close()
+	if err := largeEnough(f, spec.Size); err != nil {
+		return Loop{}, h, err
+	}
+	if h.unlock, err = lockLoops(ctx, spec.File, flags); err != nil {
+		return Loop{}, h, err
+	}
+	found, err := l.loopOf(ctx, f)
+	if err != nil {
+		return Loop{}, h, err
+	}
+	if found != nil {
+		lp, ok, err := l.reuseLoop(ctx, *found, spec, &h)
+		if ok || err != nil {
+			return lp, h, err
+		}
+	}
+	lp, err = l.newLoop(ctx, f, spec, &h)
+	return lp, h, err
 }
 
 // largeEnough refuses a file shorter than the size that was recorded.
@@ -165,7 +217,7 @@ func (l *Local) loopOf(ctx context.Context, f *os.File) (*Loop, error) {
 }
 
 // reuseLoop takes an existing device over. ok is false when a new one must be made.
-func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec) (_ Loop, ok bool, _ error) {
+func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec, h *loopHold) (_ Loop, ok bool, _ error) {
 	if lp.Mark != spec.Mark {
 		return lp, false, fault.New(fault.InUse, "%s has the loop device %s, which was not made for this volume (mark %q): detach it with \"losetup -d %s\"", spec.File, lp.Path, lp.Mark, lp.Path)
 	}
@@ -176,19 +228,23 @@ func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec) (_ Loop, 
 	if err != nil {
 		return lp, false, ioError("open", lp.Path, err)
 	}
-	defer d.Close()
 	info, err := unix.IoctlLoopGetStatus64(int(d.Fd()))
+	if err != nil {
+		_ = d.Close()
+	}
 	if errors.Is(err, unix.ENXIO) {
 		return lp, false, nil // it went meanwhile
 	}
 	if err != nil {
 		return lp, false, ioError("ask", lp.Path, err)
 	}
+	h.device = d
 	if info.Flags&unix.LO_FLAGS_AUTOCLEAR != 0 { // on its way out with its last user
 		info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
 		if err := unix.IoctlLoopSetStatus64(int(d.Fd()), info); err != nil {
 			return lp, false, ioError("keep", lp.Path, err)
 		}
+		h.kept = true
 	}
 	if lp.Size < spec.Size {
 		lp, err = growLoop(d, lp, spec.Size)
@@ -196,7 +252,7 @@ func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec) (_ Loop, 
 	return lp, err == nil, err
 }
 
-func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec) (Loop, error) {
+func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec, h *loopHold) (Loop, error) {
 	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
 	if err != nil {
 		return Loop{}, loopError(err)
@@ -223,36 +279,40 @@ func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec) (Loop, e
 		if err != nil {
 			return Loop{}, loopError(err)
 		}
-		taken, err := configure(n, &cfg)
+		d, err := configure(n, &cfg)
 		if err != nil {
 			return Loop{}, err
 		}
-		if taken { // somebody else was faster, or is still closing it
+		if d == nil { // somebody else was faster, or is still closing it
 			select {
 			case <-ctx.Done():
 			case <-time.After(time.Millisecond):
 			}
 			continue
 		}
+		h.device, h.made = d, true
 		return l.loop(ctx, n)
 	}
 }
 
-func configure(n int, cfg *unix.LoopConfig) (taken bool, err error) {
+// configure gives a device its file, and leaves it open. nil: it has one already.
+func configure(n int, cfg *unix.LoopConfig) (*os.File, error) {
 	path, err := loopNode(n)
 	if err != nil {
-		return false, err
+		return nil, err
 	}
 	d, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
-		return false, ioError("open", path, err)
+		return nil, ioError("open", path, err)
 	}
-	defer d.Close()
-	err = unix.IoctlLoopConfigure(int(d.Fd()), cfg)
+	if err = unix.IoctlLoopConfigure(int(d.Fd()), cfg); err == nil {
+		return d, nil
+	}
+	_ = d.Close()
 	if errors.Is(err, unix.EBUSY) {
-		return true, nil
+		return nil, nil
 	}
-	return false, ioError("configure", path, err)
+	return nil, ioError("configure", path, err)
 }
 
 // loopNode returns the device node, and makes it where /dev is not the kernel's own.
@@ -325,7 +385,9 @@ func growLoop(d *os.File, lp Loop, size int64) (Loop, error) {
 // success. fault.InUse: it is mounted somewhere, or a process has it open: in
 // that case it goes as soon as that process closes it.
 func (l *Local) DetachLoop(ctx context.Context, lp Loop) error {
-	return l.guard.Do(ctx, "detach "+lp.Path, flush, func() error { return l.detachLoop(ctx, lp) })
+	return l.guard.offer(ctx, "detach "+lp.Path, flush, func(ctx context.Context, hand func(error) bool) {
+		hand(l.detachLoop(ctx, lp))
+	})
 }
 
 func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
@@ -341,6 +403,9 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 	defer d.Close()
 	if err := d.Sync(); err != nil {
 		return ioError("sync", lp.Path, err)
+	}
+	if ctx.Err() != nil { // nobody waits any more: by now somebody may use it again
+		return fault.New(fault.KindOf(ctx.Err()), "detach %s: %w", lp.Path, ctx.Err())
 	}
 	err = unix.IoctlSetInt(int(d.Fd()), unix.LOOP_CLR_FD, 0)
 	if err != nil && !errors.Is(err, unix.ENXIO) {

@@ -3,6 +3,8 @@ package host
 import (
 	"context"
 	"errors"
+	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -28,20 +30,45 @@ func (l *Local) MountFilesystem(ctx context.Context, source, target, fsType stri
 			data = append(data, o)
 		}
 	}
-	return l.guard.Do(ctx, "mount "+source+" on "+target, mountTimeout, func() error {
+	return l.guard.offer(ctx, "mount "+source+" on "+target, mountTimeout, func(_ context.Context, hand func(error) bool) {
 		err := unix.Mount(source, target, fsType, flags, strings.Join(data, ","))
-		switch {
-		case err == nil:
-			return nil
-		case errors.Is(err, unix.ENODEV):
-			return fault.New(fault.Unsupported, "mount %s on %s: the kernel of this node has no %s", source, target, fsType)
-		case errors.Is(err, unix.EINVAL):
-			return fault.New(fault.Invalid, "mount %s (%s) on %s with options %q: %w: the kernel's log says which option, or what is damaged", source, fsType, target, optionNames(options), err)
-		case errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.EBADMSG):
-			return fault.New(fault.Corrupt, "mount %s (%s) on %s: %w: the filesystem is damaged; the kernel's log says more", source, fsType, target, err)
+		if err != nil {
+			hand(mountError(source, target, fsType, options, err))
+			return
 		}
-		return fault.New(fault.Unavailable, "mount %s (%s) on %s: %w: the kernel's log may say more", source, fsType, target, err)
+		if !hand(nil) {
+			l.withdraw(target, func(m Mount) bool { return m.Source == source && m.Type == fsType })
+		}
 	})
+}
+
+// withdraw takes down a mount that came too late: nobody waits for it, and
+// nobody would know of it.
+func (l *Local) withdraw(target string, own func(Mount) bool) {
+	for range 100 {
+		at, err := l.MountsAt(target)
+		if err != nil || len(at) == 0 || !own(at[len(at)-1]) {
+			return
+		}
+		if !errors.Is(unix.Unmount(target, unix.UMOUNT_NOFOLLOW), unix.EBUSY) {
+			return
+		}
+		time.Sleep(10 * time.Millisecond) // somebody looks at it; the kernel tells nobody when it comes free
+	}
+	_ = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+}
+
+// mountError says what a failed mount means.
+func mountError(source, target, fsType string, options []string, err error) error {
+	switch {
+	case errors.Is(err, unix.ENODEV):
+		return fault.New(fault.Unsupported, "mount %s on %s: the kernel of this node has no %s", source, target, fsType)
+	case errors.Is(err, unix.EINVAL):
+		return fault.New(fault.Invalid, "mount %s (%s) on %s with options %q: %w: the kernel's log says which option, or what is damaged", source, fsType, target, optionNames(options), err)
+	case errors.Is(err, unix.EUCLEAN), errors.Is(err, unix.EBADMSG):
+		return fault.New(fault.Corrupt, "mount %s (%s) on %s: %w: the filesystem is damaged; the kernel's log says more", source, fsType, target, err)
+	}
+	return fault.New(fault.Unavailable, "mount %s (%s) on %s: %w: the kernel's log may say more", source, fsType, target, err)
 }
 
 // optionNames leaves out the values, which may be secret.
@@ -142,29 +169,58 @@ func ParseMountAttr(option string) (attr MountAttr, ok bool) {
 // prepared detached and moved into place, so nobody ever sees a read-only one
 // writable. Symbolic links at the end of either path are not followed.
 func (l *Local) Bind(ctx context.Context, source, target string, attr MountAttr) error {
-	return l.guard.Do(ctx, "bind "+source+" to "+target, quick, func() error {
-		fd, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
-		if errors.Is(err, unix.ENOSYS) {
-			return fault.New(fault.Unsupported, "bind %s: the kernel has no open_tree: 5.12 or newer is needed", source)
+	return l.guard.offer(ctx, "bind "+source+" to "+target, quick, func(ctx context.Context, hand func(error) bool) {
+		id, err := bind(ctx, source, target, attr)
+		if !hand(err) && err == nil {
+			l.withdraw(target, func(m Mount) bool { return m.ID == id })
 		}
-		if err != nil {
-			return ioError("bind", source, err)
-		}
-		defer unix.Close(fd)
-		if attr != 0 {
-			set := unix.MountAttr{Attr_set: uint64(attr)}
-			if attr&unix.MOUNT_ATTR_NOATIME != 0 {
-				set.Attr_clr = unix.MOUNT_ATTR__ATIME
-			}
-			if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &set); err != nil {
-				if errors.Is(err, unix.ENOSYS) {
-					return fault.New(fault.Unsupported, "bind %s: the kernel has no mount_setattr: 5.12 or newer is needed", source)
-				}
-				return ioError("bind", source, err)
-			}
-		}
-		return ioError("bind "+source+" to", target, unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH))
 	})
+}
+
+// bind does the work of Bind and returns the mount's number.
+func bind(ctx context.Context, source, target string, attr MountAttr) (id int, err error) {
+	fd, err := unix.OpenTree(unix.AT_FDCWD, source, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_SYMLINK_NOFOLLOW)
+	if errors.Is(err, unix.ENOSYS) {
+		return 0, fault.New(fault.Unsupported, "bind %s: the kernel has no open_tree: 5.12 or newer is needed", source)
+	}
+	if err != nil {
+		return 0, ioError("bind", source, err)
+	}
+	defer unix.Close(fd)
+	if attr != 0 {
+		set := unix.MountAttr{Attr_set: uint64(attr)}
+		if attr&unix.MOUNT_ATTR_NOATIME != 0 {
+			set.Attr_clr = unix.MOUNT_ATTR__ATIME
+		}
+		if err := unix.MountSetattr(fd, "", unix.AT_EMPTY_PATH, &set); err != nil {
+			if errors.Is(err, unix.ENOSYS) {
+				return 0, fault.New(fault.Unsupported, "bind %s: the kernel has no mount_setattr: 5.12 or newer is needed", source)
+			}
+			return 0, ioError("bind", source, err)
+		}
+	}
+	if id, err = mountID(fd); err != nil {
+		return 0, ioError("bind", source, err)
+	}
+	if err := ctx.Err(); err != nil { // nobody waits any more
+		return 0, fault.New(fault.KindOf(err), "bind %s to %s: %w", source, target, err)
+	}
+	return id, ioError("bind "+source+" to", target, unix.MoveMount(fd, "", unix.AT_FDCWD, target, unix.MOVE_MOUNT_F_EMPTY_PATH))
+}
+
+// mountID is the number in mountinfo of the mount that a descriptor is on. It
+// is in fdinfo on every kernel, and asks nothing of the storage.
+func mountID(fd int) (int, error) {
+	b, err := os.ReadFile("/proc/self/fdinfo/" + strconv.Itoa(fd))
+	if err != nil {
+		return 0, err
+	}
+	for line := range strings.Lines(string(b)) {
+		if id, ok := strings.CutPrefix(line, "mnt_id:"); ok {
+			return strconv.Atoi(strings.TrimSpace(id))
+		}
+	}
+	return 0, fault.New(fault.Internal, "fdinfo has no mnt_id")
 }
 
 // Unmount takes the topmost mount at exactly target down, after writing out

@@ -1,0 +1,178 @@
+package host
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host/hosttest/hangfs"
+)
+
+// until waits for a condition.
+func until(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("it did not happen: " + what)
+		}
+	}
+}
+
+// abandon starts f, waits until it hangs, and leaves it.
+func abandon(t *testing.T, fs *hangfs.FS, f func(context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() { ended <- f(ctx) }()
+	fs.Held(t)
+	cancel()
+	if err := <-ended; !errors.Is(err, fault.Canceled) {
+		t.Fatalf("it was left while it hung: %v", err)
+	}
+}
+
+func backedBy(t *testing.T, file string) (devices []string) {
+	t.Helper()
+	all, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range all {
+		if b, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(b)) == file {
+			devices = append(devices, strings.Split(f, "/")[3])
+		}
+	}
+	return devices
+}
+
+func TestAttachingThatWasLeftBehindLeavesNoDevice(t *testing.T) {
+	for _, at := range []hangfs.Op{hangfs.Open, hangfs.Getattr} {
+		fs, l := hangfs.New(t, 1<<20), NewLocal(Exec{})
+		spec := LoopSpec{File: fs.File, Size: 1 << 20, Mark: "quarry-test-late-attach"}
+		fs.Hang(func(op hangfs.Op) bool {
+			// The device is there when the kernel is asked what it is over.
+			return op == at && (op == hangfs.Open || len(backedBy(t, fs.File)) > 0)
+		})
+		abandon(t, fs, func(ctx context.Context) error { _, err := l.AttachLoop(ctx, spec); return err })
+		fs.Release()
+		until(t, "the call comes back", func() bool { return l.Abandoned() == 0 })
+		until(t, "no device is left", func() bool { return len(backedBy(t, fs.File)) == 0 })
+		lp, err := l.AttachLoop(t.Context(), spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := l.DetachLoop(t.Context(), lp); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestDetachingThatWasLeftBehindLeavesTheDeviceToItsNextUser(t *testing.T) {
+	fs, l := hangfs.New(t, 1<<20), NewLocal(Exec{})
+	spec := LoopSpec{File: fs.File, Size: 1 << 20, Mark: "quarry-test-late-detach"}
+	lp, err := l.AttachLoop(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		fs.Release()
+		until(t, "the call comes back", func() bool { return l.Abandoned() == 0 })
+		if err := l.DetachLoop(context.Background(), lp); err != nil {
+			t.Error(err)
+		}
+	})
+	if f, err := os.OpenFile(lp.Path, os.O_WRONLY, 0); err != nil {
+		t.Fatal(err)
+	} else if _, err := f.Write(make([]byte, 4096)); err != nil || f.Close() != nil {
+		t.Fatal(err)
+	}
+	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Fsync })
+	abandon(t, fs, func(ctx context.Context) error { return l.DetachLoop(ctx, lp) })
+	fs.Release() // by now it may have been staged again
+	until(t, "the call comes back", func() bool { return l.Abandoned() == 0 })
+	if again, err := l.AttachLoop(t.Context(), spec); err != nil || again != lp {
+		t.Fatalf("the device was taken from its next user: %+v %v, was %+v", again, err, lp)
+	}
+}
+
+func TestMountingThatWasLeftBehindLeavesNoMount(t *testing.T) {
+	fs, l, ctx := hangfs.New(t, 16<<20), NewLocal(Exec{}), context.Background()
+	if _, err := (Exec{}).Run(ctx, Command{Name: "mkfs.ext4", Args: []string{"-q", "-F", fs.File}}); err != nil {
+		t.Fatal(err)
+	}
+	lp, err := l.AttachLoop(ctx, LoopSpec{File: fs.File, Size: 16 << 20, Mark: "quarry-test-late-mount"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	point := t.TempDir()
+	t.Cleanup(func() {
+		fs.Release()
+		until(t, "the call comes back", func() bool { return l.Abandoned() == 0 })
+		if err := errors.Join(l.UnmountAll(ctx, point), l.DetachLoop(ctx, lp)); err != nil {
+			t.Error(err)
+		}
+	})
+	mount := func(ctx context.Context) error { return l.MountFilesystem(ctx, lp.Path, point, Ext4, nil) }
+	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Read || op == hangfs.Write })
+	abandon(t, fs, mount)
+	if err := mount(ctx); !errors.Is(err, fault.Unavailable) {
+		t.Fatalf("a second one beside the first: %v", err)
+	}
+	fs.Release()
+	until(t, "the call comes back", func() bool { return l.Abandoned() == 0 })
+	if at, err := l.MountsAt(point); err != nil || len(at) != 0 {
+		t.Fatalf("mounted without an owner: %+v %v", at, err)
+	}
+	if err := mount(ctx); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestBindingThatWasLeftBehindLeavesNoMount(t *testing.T) {
+	fs, l := hangfs.New(t, 1<<20), NewLocal(Exec{})
+	target := filepath.Join(t.TempDir(), "target")
+	if err := os.WriteFile(target, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := l.UnmountAll(context.Background(), target); err != nil {
+			t.Error(err)
+		}
+	})
+	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Lookup })
+	abandon(t, fs, func(ctx context.Context) error { return l.Bind(ctx, fs.File, target, 0) })
+	fs.Release()
+	until(t, "the call comes back", func() bool { return l.Abandoned() == 0 })
+	if at, err := l.MountsAt(target); err != nil || len(at) != 0 {
+		t.Fatalf("mounted without an owner: %+v %v", at, err)
+	}
+}
+
+// The wait may also end between f's end and the hand-over.
+func TestWhatNobodyTookIsKnownToItsMaker(t *testing.T) {
+	var g Guard
+	undone, release := make(chan struct{}), make(chan struct{})
+	err := g.offer(t.Context(), "x", time.Millisecond, func(ctx context.Context, hand func(error) bool) {
+		<-ctx.Done() // nobody waits any more
+		<-release
+		if hand(nil) {
+			t.Error("somebody took it")
+		}
+		if g.Abandoned() != 1 {
+			t.Error("it may be tried again before it is undone")
+		}
+		close(undone)
+	})
+	if !errors.Is(err, fault.Unavailable) {
+		t.Fatal(err)
+	}
+	close(release)
+	<-undone
+	until(t, "it is forgotten", func() bool { return g.Abandoned() == 0 })
+}
