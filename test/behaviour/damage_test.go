@@ -119,7 +119,7 @@ func TestASlabDamagedBehindOurBackIsRefusedAndNothingElse(t *testing.T) {
 				}
 			}
 			// The attachment that came before the damage was noticed goes.
-			must(r, r.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{VolumeId: p.damaged.id, StagingTargetPath: filepath.Join(r.kubelet(), "plugins", p.damaged.name, "globalmount")})
+			must(r, r.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{VolumeId: p.damaged.id, StagingTargetPath: filepath.Join(r.Kubelet(), "plugins", p.damaged.name, "globalmount")})
 			must(r, r.ControllerUnpublishVolume, &csi.ControllerUnpublishVolumeRequest{VolumeId: p.damaged.id, NodeId: nodeID})
 		}
 		if len(r.loops())+len(r.mounts()) > 0 {
@@ -190,7 +190,7 @@ func TestATagCutInHalfBreaksOneImageOnly(t *testing.T) {
 	if err := attached.stage(); err != nil {
 		t.Fatal(err)
 	}
-	r.end(unix.SIGTERM)
+	r.stop()
 
 	for _, prefix := range []string{"i." + broken.image(), "i." + snapImage, "d." + described.image(), "a." + attached.image()} {
 		tags := tagsOf(t, one, prefix)

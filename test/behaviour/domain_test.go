@@ -148,7 +148,7 @@ func TestAnObjectOfADomainThatIsNotConfiguredAnyMoreIsUnavailable(t *testing.T) 
 		t.Error(err)
 	}
 	v.works()
-	r.end(unix.SIGTERM)
+	r.stop()
 	r.places = []place{here, gone}
 	r.start()
 	lost.works()

@@ -133,7 +133,7 @@ func TestVolumesGrowInUseAndAtRest(t *testing.T) {
 		defer cancel()
 		_, err := r.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: v.target, CapacityRange: &csi.CapacityRange{RequiredBytes: large}})
 		refusal(t, err, codes.OutOfRange, "335544320", "671088640", "controller first")
-		_, err = r.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: filepath.Join(r.kubelet(), "elsewhere")})
+		_, err = r.NodeExpandVolume(ctx, &csi.NodeExpandVolumeRequest{VolumeId: v.id, VolumePath: filepath.Join(r.Kubelet(), "elsewhere")})
 		refusal(t, err, codes.NotFound, "elsewhere")
 		v.unmount()
 		v.remove()

@@ -23,7 +23,7 @@ func once() (context.Context, context.CancelFunc) {
 
 // callsOn are the calls that need an existing volume, each once.
 func callsOn(r *rig, v *volume) map[string]func() error {
-	path := filepath.Join(r.kubelet(), "some", "where")
+	path := filepath.Join(r.Kubelet(), "some", "where")
 	return map[string]func() error{
 		"CreateSnapshot": func() error {
 			ctx, cancel := once()
@@ -288,12 +288,12 @@ func TestTargetsOutsideTheKubeletsFolderAndSymlinksAreRefused(t *testing.T) {
 	r := newRig(t, p)
 	v, w := r.volume("one", "v", 16*mib, filesystem("ext4")), r.volume("one", "w", 16*mib, filesystem("ext4"))
 	outside := filepath.Join(r.dir, "outside")
-	for _, dir := range []string{outside, filepath.Join(r.kubelet(), "real")} {
+	for _, dir := range []string{outside, filepath.Join(r.Kubelet(), "real")} {
 		if err := os.Mkdir(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
 	}
-	link, file := filepath.Join(r.kubelet(), "link"), filepath.Join(r.kubelet(), "file")
+	link, file := filepath.Join(r.Kubelet(), "link"), filepath.Join(r.Kubelet(), "file")
 	if err := os.Symlink(outside, link); err != nil {
 		t.Fatal(err)
 	}
@@ -303,16 +303,16 @@ func TestTargetsOutsideTheKubeletsFolderAndSymlinksAreRefused(t *testing.T) {
 		path string
 		says []string
 	}{
-		"outside":              {filepath.Join(outside, "x"), []string{outside, "not inside the kubelet's folder", r.kubelet()}},
-		"beside":               {r.kubelet() + "-not/x", []string{"not inside the kubelet's folder"}},
+		"outside":              {filepath.Join(outside, "x"), []string{outside, "not inside the kubelet's folder", r.Kubelet()}},
+		"beside":               {r.Kubelet() + "-not/x", []string{"not inside the kubelet's folder"}},
 		"a link":               {link, []string{link, "symbolic link"}},
 		"below a link":         {filepath.Join(link, "x"), []string{link, "symbolic link"}},
-		"dots":                 {filepath.Join(r.kubelet(), "real") + "/../../outside/x", []string{"..", "absolute path"}},
+		"dots":                 {filepath.Join(r.Kubelet(), "real") + "/../../outside/x", []string{"..", "absolute path"}},
 		"relative":             {"some/where", []string{"some/where", "absolute path"}},
-		"NUL":                  {r.kubelet() + "/a\x00b", []string{"NUL"}},
-		"too long":             {r.kubelet() + strings.Repeat("/long", 1000), []string{"4096"}},
+		"NUL":                  {r.Kubelet() + "/a\x00b", []string{"NUL"}},
+		"too long":             {r.Kubelet() + strings.Repeat("/long", 1000), []string{"4096"}},
 		"the root":             {"/", []string{"root"}},
-		"the kubelet's itself": {r.kubelet(), []string{"not inside"}},
+		"the kubelet's itself": {r.Kubelet(), []string{"not inside"}},
 	}
 	untouched(t, r, []*volume{w}, func() {
 		for name, c := range bad {

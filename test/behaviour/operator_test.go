@@ -8,8 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/quarry-csi/quarry/pkg/admin"
 )
 
@@ -80,7 +78,7 @@ func TestCheckAndFixDealWithDamageAndTouchNothingElse(t *testing.T) {
 	cut := r.volume(p.name, "cut", 32*mib, filesystem("ext4"))
 	lost := r.volume(p.name, "lost", 32*mib, filesystem("ext4"))
 	cut.works()
-	r.end(unix.SIGTERM)
+	r.stop()
 	// Damage: a slab of nobody, a truncated one, one that is gone.
 	whole := filepath.Join(r.dir, "whole")
 	if err := errors.Join(

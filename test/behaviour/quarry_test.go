@@ -10,18 +10,16 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
-	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/quarry-csi/quarry/pkg/host/hosttest"
+	"github.com/quarry-csi/quarry/test/process"
 )
 
 const (
@@ -45,12 +43,7 @@ func run(m *testing.M) int {
 		err = os.Setenv(binariesDir, dir)
 	}
 	if err == nil {
-		build := exec.Command("go", "build", "-buildvcs=false", "-o", dir+"/", "../../cmd/quarry", "../../cmd/kubectl-quarry")
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		var out []byte
-		if out, err = build.CombinedOutput(); err != nil {
-			err = fmt.Errorf("building the programs: %w\n%s", err, out)
-		}
+		err = process.Build(dir, "quarry", "kubectl-quarry")
 	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -78,15 +71,7 @@ type rig struct {
 	dir    string
 	places []place
 	args   []string
-
-	csi.ControllerClient
-	csi.GroupControllerClient
-	csi.NodeClient
-
-	cmd    *exec.Cmd
-	exited chan error
-	conn   *grpc.ClientConn
-	log    *bytes.Buffer
+	*process.Quarry
 }
 
 // newRig starts quarry. What the test leaves mounted is taken down at its end.
@@ -107,88 +92,49 @@ func idleRig(t *testing.T, places ...place) *rig {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := &rig{t: t, dir: dir, places: places}
+	q, err := process.New(process.Config{Binary: filepath.Join(os.Getenv(binariesDir), "quarry"), Dir: dir, Node: nodeID, Installation: "behaviour"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := &rig{t: t, dir: dir, places: places, Quarry: q}
 	t.Cleanup(func() {
 		r.kill()
 		r.takeDown()
-		if err := os.RemoveAll(dir); err != nil {
+		if t.Failed() {
+			t.Logf("the end of quarry's log:\n%s", r.LastLog(60))
+		}
+		if err := errors.Join(q.Close(), os.RemoveAll(dir)); err != nil {
 			t.Error(err)
 		}
-		if t.Failed() && r.log != nil {
-			t.Logf("the end of quarry's log:\n%s", r.log.Bytes()[max(0, r.log.Len()-6000):])
-		}
 	})
-	if err := os.Mkdir(r.kubelet(), 0o755); err != nil {
-		t.Fatal(err)
-	}
 	return r
 }
 
-func (r *rig) kubelet() string { return filepath.Join(r.dir, "kubelet") }
-
 func (r *rig) config() string {
-	var text strings.Builder
-	text.WriteString("domains:\n")
+	var entries []string
 	for _, p := range r.places {
-		fmt.Fprintf(&text, "- name: %s\n  engine: dir\n  params:\n    path: %s\n%s", p.name, p.path, p.more)
+		entries = append(entries, process.Domain(p.name, p.path, p.more))
 	}
-	return text.String()
-}
-
-func (r *rig) command(config string, more ...string) *exec.Cmd {
-	file := filepath.Join(r.dir, "domains.yaml")
-	if err := os.WriteFile(file, []byte(config), 0o600); err != nil {
-		r.t.Fatal(err)
-	}
-	args := []string{"standalone", "--node-id", nodeID, "--domains", file, "--kubelet-dir", r.kubelet(), "--installation", "behaviour",
-		"--endpoint", "unix://" + filepath.Join(r.dir, "csi.sock"), "--admin-endpoint", "unix://" + filepath.Join(r.dir, "admin.sock")}
-	cmd := exec.Command(filepath.Join(os.Getenv(binariesDir), "quarry"), append(append(args, r.args...), more...)...)
-	// Should this process be killed, the driver must not stay.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	return cmd
+	return process.DomainsFile(entries...)
 }
 
 func (r *rig) start() {
 	r.t.Helper()
-	r.cmd = r.command(r.config())
-	if r.log == nil {
-		r.log = &bytes.Buffer{}
-	}
-	r.cmd.Stdout, r.cmd.Stderr = r.log, r.log
-	exited := make(chan error, 1)
-	if err := r.cmd.Start(); err != nil {
+	r.Domains, r.Args = r.config(), r.args
+	if err := r.Start(r.t.Context()); err != nil {
 		r.t.Fatal(err)
 	}
-	cmd := r.cmd
-	go func() { exited <- cmd.Wait() }()
-	r.exited = exited
-	conn, err := grpc.NewClient("unix://"+filepath.Join(r.dir, "csi.sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		r.t.Fatal(err)
-	}
-	r.conn = conn
-	r.ControllerClient, r.GroupControllerClient, r.NodeClient = csi.NewControllerClient(conn), csi.NewGroupControllerClient(conn), csi.NewNodeClient(conn)
-	identity := csi.NewIdentityClient(conn)
-	r.eventually("quarry to be ready", func() error {
-		select {
-		case err := <-exited:
-			exited <- err
-			r.t.Fatalf("quarry ended while starting: %v\n%s", err, r.log)
-		default:
-		}
-		reply, err := identity.Probe(r.t.Context(), &csi.ProbeRequest{})
-		if err == nil && reply.GetReady() != nil && !reply.GetReady().GetValue() {
-			err = errors.New("not ready")
-		}
-		return err
-	})
 }
 
 // refused starts quarry with a domains file, expects that it ends with status
 // 1, and returns the one line that it said.
 func (r *rig) refused(config string, more ...string) string {
 	r.t.Helper()
-	cmd := r.command(config, more...)
+	r.Domains, r.Args = config, r.args
+	cmd, err := r.Command(more...)
+	if err != nil {
+		r.t.Fatal(err)
+	}
 	var out bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
@@ -196,7 +142,7 @@ func (r *rig) refused(config string, more ...string) string {
 	}
 	timer := time.AfterFunc(patience, func() { _ = cmd.Process.Kill() }) // the status then shows it
 	defer timer.Stop()
-	err := cmd.Wait()
+	err = cmd.Wait()
 	var exit *exec.ExitError
 	if !errors.As(err, &exit) || exit.ExitCode() != 1 {
 		r.t.Fatalf("quarry ended with %v, not with status 1:\n%s", err, &out)
@@ -206,36 +152,27 @@ func (r *rig) refused(config string, more ...string) string {
 }
 
 // kill ends quarry with SIGKILL, as if it had crashed.
-func (r *rig) kill() { r.end(syscall.SIGKILL) }
-
-func (r *rig) end(sig syscall.Signal) {
+func (r *rig) kill() {
 	r.t.Helper()
-	if r.cmd == nil {
-		return
-	}
-	if err := r.cmd.Process.Signal(sig); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	if err := r.Kill(); err != nil {
 		r.t.Error(err)
 	}
-	select {
-	case err := <-r.exited:
-		if sig == syscall.SIGTERM && err != nil {
-			r.t.Errorf("quarry did not end well after SIGTERM: %v", err)
-		}
-	case <-time.After(patience):
-		r.t.Fatalf("quarry did not end after %v", sig)
+}
+
+// stop ends quarry well.
+func (r *rig) stop() {
+	r.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	if err := r.Stop(ctx); err != nil {
+		r.t.Fatal(err)
 	}
-	if r.conn != nil {
-		if err := r.conn.Close(); err != nil {
-			r.t.Error(err)
-		}
-	}
-	r.cmd, r.conn = nil, nil
 }
 
 // restart ends quarry well and starts it again.
 func (r *rig) restart() {
 	r.t.Helper()
-	r.end(syscall.SIGTERM)
+	r.stop()
 	r.start()
 }
 
@@ -294,7 +231,7 @@ func (r *rig) loops() map[string]string {
 func (r *rig) kubectl(args ...string) (out string, status int) {
 	r.t.Helper()
 	cmd := exec.Command(filepath.Join(os.Getenv(binariesDir), "kubectl-quarry"),
-		append(args, "--admin-endpoint", "unix://"+filepath.Join(r.dir, "admin.sock"))...)
+		append(args, "--admin-endpoint", r.AdminEndpoint())...)
 	text, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	if err != nil && !errors.As(err, &exit) {

@@ -97,7 +97,7 @@ func (v *volume) stage() error {
 	if err != nil {
 		return err
 	}
-	v.staging = filepath.Join(r.kubelet(), "plugins", v.name, "globalmount")
+	v.staging = filepath.Join(r.Kubelet(), "plugins", v.name, "globalmount")
 	if err := os.MkdirAll(v.staging, 0o755); err != nil {
 		return err
 	}
@@ -113,7 +113,7 @@ func (v *volume) mount() *volume {
 	if err := v.stage(); err != nil {
 		r.t.Fatalf("staging %s: %v", v.name, err)
 	}
-	v.target = filepath.Join(r.kubelet(), "pods", v.name, "mount")
+	v.target = filepath.Join(r.Kubelet(), "pods", v.name, "mount")
 	if err := os.MkdirAll(filepath.Dir(v.target), 0o755); err != nil {
 		r.t.Fatal(err)
 	}

@@ -97,9 +97,9 @@ func demo(ctx context.Context, s *screen, bin, work string) (err error) {
 	defer func() {
 		stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleaning)
 		defer cancel()
-		cleaned = q.stop(stopping)
+		cleaned = q.end(stopping)
 		if errors.Join(err, cleaned) != nil && ctx.Err() == nil {
-			s.note("The last lines of quarry's log:\n%s", q.lastLog(10))
+			s.note("The last lines of quarry's log:\n%s", q.LastLog(10))
 		}
 	}()
 	s.done("quarry standalone serves CSI on a Unix socket", q.identity, q.startup)

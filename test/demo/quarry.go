@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,23 +9,20 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 
 	"github.com/quarry-csi/quarry/pkg/admin"
+	"github.com/quarry-csi/quarry/test/process"
 )
 
 const (
 	diskSize = 8 << 30
 	nodeName = "demo"
-	// readiness is how long quarry may take from its start to a ready Probe.
-	readiness = 30 * time.Second
 	// patience is how long one CSI call may be repeated, as a sidecar would.
 	patience = 2 * time.Minute
 )
@@ -39,84 +35,39 @@ type place struct {
 	path       string // where its disk is mounted
 }
 
-// quarry is the running binary and the connections to it.
+// quarry is the running binary, and what is known of it.
 type quarry struct {
-	csi.IdentityClient
-	csi.ControllerClient
-	csi.NodeClient
-
-	cmd      *exec.Cmd
-	exited   chan struct{} // closed when the process has ended
-	exitErr  error         // valid then
-	conn     *grpc.ClientConn
+	*process.Quarry
 	cli      string // kubectl-quarry
-	admin    string // its endpoint
-	log      string
-	kubelet  string // the kubelet's folder, as far as quarry knows
 	node     string
 	identity string
 	startup  time.Duration
 }
 
-// startQuarry writes the domains file, starts the binary and waits until Probe
-// says that it is ready.
+// startQuarry starts the binary and waits until Probe says that it is ready.
 func startQuarry(ctx context.Context, bin, dir string, places []*place) (_ *quarry, err error) {
-	var domains strings.Builder
-	domains.WriteString("domains:\n")
+	var domains []string
 	for _, p := range places {
-		fmt.Fprintf(&domains, "- name: %s\n  engine: dir\n  params:\n    path: %s\n", p.domain, p.path)
+		domains = append(domains, process.Domain(p.domain, p.path, ""))
 	}
-	file := filepath.Join(dir, "domains.yaml")
-	if err := os.WriteFile(file, []byte(domains.String()), 0o600); err != nil {
-		return nil, err
-	}
-	q := &quarry{
-		cli:     filepath.Join(bin, "kubectl-quarry"),
-		admin:   "unix://" + filepath.Join(dir, "admin.sock"),
-		log:     filepath.Join(dir, "quarry.log"),
-		kubelet: filepath.Join(dir, "kubelet"),
-		exited:  make(chan struct{}),
-	}
-	if err := os.Mkdir(q.kubelet, 0o755); err != nil {
-		return nil, err
-	}
-	log, err := os.Create(q.log)
+	run, err := process.New(process.Config{Binary: filepath.Join(bin, "quarry"), Dir: dir,
+		Domains: process.DomainsFile(domains...), Node: nodeName, Installation: "demo"})
 	if err != nil {
 		return nil, err
 	}
-	defer log.Close()
-	endpoint := "unix://" + filepath.Join(dir, "csi.sock")
-	q.cmd = exec.Command(filepath.Join(bin, "quarry"), "standalone",
-		"--domains", file, "--endpoint", endpoint, "--admin-endpoint", q.admin,
-		"--node-id", nodeName, "--kubelet-dir", q.kubelet, "--installation", "demo")
-	q.cmd.Stdout, q.cmd.Stderr = log, log
-	// A group of its own: Ctrl-C reaches the demo alone, which takes volumes down first.
-	q.cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	q := &quarry{Quarry: run, cli: filepath.Join(bin, "kubectl-quarry")}
 	begin := time.Now()
-	if err := q.cmd.Start(); err != nil {
-		return nil, err
+	if err := q.Start(ctx); err != nil {
+		return nil, errors.Join(err, q.Close())
 	}
-	go func() {
-		q.exitErr = q.cmd.Wait()
-		close(q.exited)
-	}()
+	q.startup = time.Since(begin)
 	defer func() {
 		if err != nil {
 			stopping, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleaning)
 			defer cancel()
-			err = errors.Join(fmt.Errorf("%w\n%s", err, q.lastLog(30)), q.stop(stopping))
+			err = errors.Join(fmt.Errorf("%w\n%s", err, q.LastLog(30)), q.end(stopping))
 		}
 	}()
-	q.conn, err = grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
-	if err != nil {
-		return nil, err
-	}
-	q.IdentityClient, q.ControllerClient, q.NodeClient =
-		csi.NewIdentityClient(q.conn), csi.NewControllerClient(q.conn), csi.NewNodeClient(q.conn)
-	if err := q.ready(ctx); err != nil {
-		return nil, err
-	}
-	q.startup = time.Since(begin)
 	info, err := q.GetPluginInfo(ctx, &csi.GetPluginInfoRequest{})
 	if err != nil {
 		return nil, err
@@ -130,68 +81,12 @@ func startQuarry(ctx context.Context, bin, dir string, places []*place) (_ *quar
 	return q, nil
 }
 
-func (q *quarry) ready(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, readiness)
+// end ends the process: politely, and after half of the time that is left not.
+// That it had ended by itself is an error.
+func (q *quarry) end(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, cleaning/2)
 	defer cancel()
-	for {
-		reply, err := q.Probe(ctx, &csi.ProbeRequest{})
-		if err == nil && (reply.GetReady() == nil || reply.GetReady().GetValue()) {
-			return nil
-		}
-		select {
-		case <-q.exited:
-			return fmt.Errorf("quarry ended while starting: %w", orEnded(q.exitErr))
-		case <-ctx.Done():
-			return fmt.Errorf("quarry is not ready after %s: %w", readiness, errors.Join(ctx.Err(), err))
-		case <-time.After(20 * time.Millisecond):
-		}
-	}
-}
-
-func orEnded(err error) error {
-	if err == nil {
-		return errors.New("exit status 0")
-	}
-	return err
-}
-
-// stop ends the process: politely, then not.
-func (q *quarry) stop(ctx context.Context) error {
-	var closed error
-	if q.conn != nil {
-		closed = q.conn.Close()
-	}
-	select {
-	case <-q.exited:
-		return fmt.Errorf("quarry had ended by itself: %w", orEnded(q.exitErr))
-	default:
-	}
-	if err := q.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
-		return err
-	}
-	select {
-	case <-q.exited:
-	case <-time.After(cleaning / 2):
-		killed := q.cmd.Process.Kill()
-		select {
-		case <-q.exited:
-		case <-ctx.Done():
-		}
-		return errors.Join(fmt.Errorf("quarry did not end %s after SIGTERM and was killed", cleaning/2), killed)
-	}
-	if q.exitErr != nil {
-		return fmt.Errorf("quarry ended badly after SIGTERM: %w", q.exitErr)
-	}
-	return closed
-}
-
-func (q *quarry) lastLog(lines int) string {
-	data, err := os.ReadFile(q.log)
-	if err != nil {
-		return err.Error()
-	}
-	all := bytes.Split(bytes.TrimSpace(data), []byte("\n"))
-	return string(bytes.Join(all[max(0, len(all)-lines):], []byte("\n")))
+	return errors.Join(q.Stop(ctx), q.Close())
 }
 
 // call makes a CSI call, and repeats it as a sidecar does while the answer means
@@ -219,13 +114,13 @@ func call[Q, A any](ctx context.Context, method func(context.Context, Q, ...grpc
 
 // ask runs kubectl-quarry and returns what it printed.
 func (q *quarry) ask(ctx context.Context, args ...string) (string, error) {
-	return run(ctx, q.cli, append(args, "--admin-endpoint", q.admin)...)
+	return run(ctx, q.cli, append(args, "--admin-endpoint", q.AdminEndpoint())...)
 }
 
 // show runs kubectl-quarry and puts what it says on the screen. It fails when
 // there is something that needs a person.
 func (q *quarry) show(ctx context.Context, s *screen, args ...string) error {
-	cmd := exec.CommandContext(ctx, q.cli, append(args, "--admin-endpoint", q.admin)...)
+	cmd := exec.CommandContext(ctx, q.cli, append(args, "--admin-endpoint", q.AdminEndpoint())...)
 	text, err := cmd.CombinedOutput()
 	s.table("kubectl quarry "+strings.Join(args, " "), string(text))
 	if err != nil {

@@ -69,8 +69,8 @@ func (q *quarry) mount(ctx context.Context, v *volume) error {
 	}
 	v.context = published.GetPublishContext()
 	// The same folders as the kubelet's.
-	v.staging = filepath.Join(q.kubelet, "plugins", "kubernetes.io", "csi", v.domain+"-"+v.name, "globalmount")
-	pod := filepath.Join(q.kubelet, "pods", v.domain+"-"+v.name, "volumes", "kubernetes.io~csi", v.name)
+	v.staging = filepath.Join(q.Kubelet(), "plugins", "kubernetes.io", "csi", v.domain+"-"+v.name, "globalmount")
+	pod := filepath.Join(q.Kubelet(), "pods", v.domain+"-"+v.name, "volumes", "kubernetes.io~csi", v.name)
 	for _, dir := range []string{v.staging, pod} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			return err

@@ -1,99 +1,52 @@
 package sanity
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/quarry-csi/quarry/test/process"
 )
 
-// driver is a running quarry standalone.
-type driver struct {
-	address string
-	conn    *grpc.ClientConn
-	cmd     *exec.Cmd
-	exited  chan error
-	log     *bytes.Buffer
-}
+// driver is quarry standalone.
+type driver struct{ *process.Quarry }
 
 func start(t *testing.T, binary, dir, domain string) *driver {
 	t.Helper()
-	config := filepath.Join(dir, "domains.yaml")
-	text := fmt.Sprintf("domains:\n- name: local\n  engine: dir\n  scope: node\n  params:\n    path: %s\n", domain)
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	socket := filepath.Join(dir, "csi.sock")
-	d := &driver{address: "unix://" + socket, exited: make(chan error, 1), log: &bytes.Buffer{}}
-	d.cmd = exec.Command(binary, "standalone", "-v=2", "--node-id", "node-1", "--domains", config,
-		"--endpoint", d.address, "--admin-endpoint", "unix://"+filepath.Join(dir, "admin.sock"))
-	d.cmd.Stdout, d.cmd.Stderr = d.log, d.log
-	// Should this process be killed, the driver must not stay.
-	d.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	if err := d.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() { d.exited <- d.cmd.Wait() }()
-	t.Cleanup(func() { d.stop(t) })
-	wait(t, "quarry to serve "+socket, 30*time.Second, func() error {
-		select {
-		case err := <-d.exited:
-			d.exited <- err
-			t.Fatalf("quarry ended at once: %v\n%s", err, d.log)
-		default:
-		}
-		c, err := net.Dial("unix", socket)
-		if err == nil {
-			err = c.Close()
-		}
-		return err
-	})
-	conn, err := grpc.NewClient(d.address, grpc.WithTransportCredentials(insecure.NewCredentials()))
+	// The suite's paths are wherever it likes: no folder is the kubelet's.
+	q, err := process.New(process.Config{Binary: binary, Dir: dir, Node: "node-1", Args: []string{"-v=2", "--kubelet-dir", ""},
+		Domains: process.DomainsFile(process.Domain("local", domain, "  scope: node\n"))})
 	if err != nil {
 		t.Fatal(err)
 	}
-	d.conn = conn
+	d := &driver{q}
+	t.Cleanup(func() {
+		d.stop(t)
+		if err := q.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := q.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	return d
 }
 
 // stop ends the driver as a supervisor does. Called again it does nothing.
 func (d *driver) stop(t *testing.T) {
 	t.Helper()
-	if d.cmd == nil {
-		return
-	}
-	if d.conn != nil {
-		if err := d.conn.Close(); err != nil {
-			t.Error(err)
-		}
-	}
-	if err := d.cmd.Process.Signal(syscall.SIGTERM); err != nil && !errors.Is(err, os.ErrProcessDone) {
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	defer cancel()
+	if err := d.Stop(ctx); err != nil {
 		t.Error(err)
 	}
-	select {
-	case err := <-d.exited:
-		if err != nil {
-			t.Errorf("quarry did not end well on SIGTERM: %v", err)
-		}
-	case <-time.After(30 * time.Second):
-		t.Error("quarry did not end within 30 s of SIGTERM")
-		if err := errors.Join(d.cmd.Process.Kill(), <-d.exited); err != nil {
-			t.Log(err)
-		}
-	}
-	d.cmd = nil
 }
 
 // openDomain asks for a volume, to learn the ID of the domain.
@@ -101,17 +54,16 @@ func (d *driver) openDomain(t *testing.T) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	c := csi.NewControllerClient(d.conn)
-	r, err := c.CreateVolume(ctx, &csi.CreateVolumeRequest{
+	r, err := d.CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: "probe", VolumeCapabilities: []*csi.VolumeCapability{{
 			AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
 			AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
 		}}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20},
 	})
 	if err != nil {
-		t.Fatalf("creating a first volume: %v\n%s", err, d.log)
+		t.Fatalf("creating a first volume: %v\n%s", err, d.LastLog(40))
 	}
-	if _, err := c.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: r.Volume.VolumeId}); err != nil {
+	if _, err := d.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: r.Volume.VolumeId}); err != nil {
 		t.Fatal(err)
 	}
 	domain, _, _ := strings.Cut(r.Volume.VolumeId, "/")
@@ -124,11 +76,10 @@ func (d *driver) nothingIsLeft(t *testing.T, domain string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()
-	c := csi.NewControllerClient(d.conn)
-	if r, err := c.ListVolumes(ctx, &csi.ListVolumesRequest{}); err != nil || len(r.Entries) > 0 {
+	if r, err := d.ListVolumes(ctx, &csi.ListVolumesRequest{}); err != nil || len(r.Entries) > 0 {
 		t.Errorf("volumes are left behind: %v, %v", r, err)
 	}
-	if r, err := c.ListSnapshots(ctx, &csi.ListSnapshotsRequest{}); err != nil || len(r.Entries) > 0 {
+	if r, err := d.ListSnapshots(ctx, &csi.ListSnapshotsRequest{}); err != nil || len(r.Entries) > 0 {
 		t.Errorf("snapshots are left behind: %v, %v", r, err)
 	}
 	wait(t, "the collector", 2*time.Minute, func() error {
@@ -205,9 +156,9 @@ func tail(b []byte, n int) []byte { return b[max(0, len(b)-n):] }
 
 func build(t *testing.T) string {
 	t.Helper()
-	binary := filepath.Join(t.TempDir(), "quarry")
-	if out, err := exec.Command("go", "build", "-buildvcs=false", "-o", binary, "github.com/quarry-csi/quarry/cmd/quarry").CombinedOutput(); err != nil {
-		t.Fatalf("building quarry: %v\n%s", err, out)
+	dir := t.TempDir()
+	if err := process.Build(dir, "quarry"); err != nil {
+		t.Fatal(err)
 	}
-	return binary
+	return filepath.Join(dir, "quarry")
 }

@@ -40,29 +40,28 @@ func TestGroupSnapshot(t *testing.T) {
 			write(t, filepath.Join(targetA, "file"), "content of a")
 			write(t, filepath.Join(targetB, "file"), "content of b")
 
-			groups := csi.NewGroupControllerClient(d.conn)
 			asked := &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a, b}}
-			g, err := groups.CreateVolumeGroupSnapshot(ctx, asked)
+			g, err := d.CreateVolumeGroupSnapshot(ctx, asked)
 			if err != nil {
-				t.Fatalf("%v\n%s", err, tail(d.log.Bytes(), 4000))
+				t.Fatalf("%v\n%s", err, d.LastLog(40))
 			}
 			group := g.GroupSnapshot
 			if !group.ReadyToUse || len(group.Snapshots) != 2 || group.CreationTime == nil {
 				t.Fatalf("the group: %v", group)
 			}
 			write(t, filepath.Join(targetA, "file"), "changed")
-			again, err := groups.CreateVolumeGroupSnapshot(ctx, asked)
+			again, err := d.CreateVolumeGroupSnapshot(ctx, asked)
 			if err != nil || again.GroupSnapshot.GroupSnapshotId != group.GroupSnapshotId || len(again.GroupSnapshot.Snapshots) != 2 {
 				t.Errorf("asked again: %v, %v", again, err)
 			}
-			_, err = groups.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a}})
+			_, err = d.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a}})
 			wantCode(t, "another group of the same name", err, "AlreadyExists")
 
 			// A member is a snapshot like others, but cannot be deleted by itself.
 			members := ids(group)
-			_, err = u.controller().DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: members[0]})
+			_, err = u.d.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: members[0]})
 			wantCode(t, "deleting a member", err, "InvalidArgument")
-			l, err := u.controller().ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
+			l, err := u.d.ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
 			if err != nil || len(l.Entries) != 2 {
 				t.Errorf("listed: %v, %v", l, err)
 			}
@@ -71,8 +70,7 @@ func TestGroupSnapshot(t *testing.T) {
 			d.stop(t)
 			d = start(t, binary, dir, domain)
 			u.d = d
-			groups = csi.NewGroupControllerClient(d.conn)
-			found, err := groups.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members})
+			found, err := d.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members})
 			if err != nil || !slices.Equal(ids(found.GroupSnapshot), members) || !found.GroupSnapshot.CreationTime.AsTime().Equal(group.CreationTime.AsTime()) {
 				t.Errorf("after a restart: %v, %v; want %v", found, err, group)
 			}
@@ -90,14 +88,14 @@ func TestGroupSnapshot(t *testing.T) {
 				u.remove(restored)
 			}
 
-			_, err = groups.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members[:1]})
+			_, err = d.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members[:1]})
 			wantCode(t, "deleting with another list", err, "InvalidArgument")
 			for range 2 {
-				if _, err := groups.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members}); err != nil {
+				if _, err := d.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members}); err != nil {
 					t.Errorf("deleting the group: %v", err)
 				}
 			}
-			_, err = u.controller().DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: a})
+			_, err = u.d.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: a})
 			wantCode(t, "deleting a volume in use", err, "FailedPrecondition")
 			u.remove(a)
 			u.remove(b)
@@ -113,9 +111,6 @@ type user struct {
 	dir string
 	d   *driver
 }
-
-func (u *user) controller() csi.ControllerClient { return csi.NewControllerClient(u.d.conn) }
-func (u *user) node() csi.NodeClient             { return csi.NewNodeClient(u.d.conn) }
 
 func capability() *csi.VolumeCapability {
 	return &csi.VolumeCapability{
@@ -134,9 +129,9 @@ func (u *user) create(name, snapshot string) string {
 			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: snapshot},
 		}}
 	}
-	r, err := u.controller().CreateVolume(u.ctx, req)
+	r, err := u.d.CreateVolume(u.ctx, req)
 	if err != nil {
-		u.t.Fatalf("creating %s: %v\n%s", name, err, tail(u.d.log.Bytes(), 4000))
+		u.t.Fatalf("creating %s: %v\n%s", name, err, u.d.LastLog(40))
 	}
 	return r.Volume.VolumeId
 }
@@ -153,33 +148,33 @@ func (u *user) publish(id string) (target string) {
 		u.t.Fatal(err)
 	}
 	u.t.Cleanup(func() { u.unpublish(id) })
-	p, err := u.controller().ControllerPublishVolume(u.ctx, &csi.ControllerPublishVolumeRequest{VolumeId: id, NodeId: "node-1", VolumeCapability: capability()})
+	p, err := u.d.ControllerPublishVolume(u.ctx, &csi.ControllerPublishVolumeRequest{VolumeId: id, NodeId: "node-1", VolumeCapability: capability()})
 	if err == nil {
-		_, err = u.node().NodeStageVolume(u.ctx, &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: staging, VolumeCapability: capability(), PublishContext: p.PublishContext})
+		_, err = u.d.NodeStageVolume(u.ctx, &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: staging, VolumeCapability: capability(), PublishContext: p.PublishContext})
 	}
 	if err == nil {
-		_, err = u.node().NodePublishVolume(u.ctx, &csi.NodePublishVolumeRequest{VolumeId: id, StagingTargetPath: staging, TargetPath: target, VolumeCapability: capability(), PublishContext: p.PublishContext})
+		_, err = u.d.NodePublishVolume(u.ctx, &csi.NodePublishVolumeRequest{VolumeId: id, StagingTargetPath: staging, TargetPath: target, VolumeCapability: capability(), PublishContext: p.PublishContext})
 	}
 	if err != nil {
-		u.t.Fatalf("publishing %s: %v\n%s", id, err, tail(u.d.log.Bytes(), 4000))
+		u.t.Fatalf("publishing %s: %v\n%s", id, err, u.d.LastLog(40))
 	}
 	return target
 }
 
 // unpublish may be repeated; it needs a driver that runs.
 func (u *user) unpublish(id string) {
-	if u.d.cmd == nil {
+	if !u.d.Running() {
 		return
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	staging, target := u.paths(id)
-	_, err := u.node().NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: target})
+	_, err := u.d.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: target})
 	if err == nil {
-		_, err = u.node().NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: staging})
+		_, err = u.d.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: staging})
 	}
 	if err == nil {
-		_, err = u.controller().ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: id, NodeId: "node-1"})
+		_, err = u.d.ControllerUnpublishVolume(ctx, &csi.ControllerUnpublishVolumeRequest{VolumeId: id, NodeId: "node-1"})
 	}
 	if err != nil {
 		u.t.Errorf("unpublishing %s: %v", id, err)
@@ -189,7 +184,7 @@ func (u *user) unpublish(id string) {
 func (u *user) remove(id string) {
 	u.t.Helper()
 	u.unpublish(id)
-	if _, err := u.controller().DeleteVolume(u.ctx, &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
+	if _, err := u.d.DeleteVolume(u.ctx, &csi.DeleteVolumeRequest{VolumeId: id}); err != nil {
 		u.t.Errorf("deleting %s: %v", id, err)
 	}
 }

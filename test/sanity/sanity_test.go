@@ -53,7 +53,7 @@ func run(t *testing.T, binary, fs string, c specCase) {
 		t.Fatal(err)
 	}
 	d := start(t, binary, c.Dir, domain)
-	c.Address = d.address
+	c.Address = d.Endpoint()
 	c.Parameters = with(c.Parameters, "domain", "local")
 	c.Domain = d.openDomain(t)
 
@@ -89,7 +89,7 @@ func run(t *testing.T, binary, fs string, c specCase) {
 		}
 	}
 	if t.Failed() {
-		t.Logf("the end of quarry's log:\n%s", tail(d.log.Bytes(), 12000))
+		t.Logf("the end of quarry's log:\n%s", d.LastLog(80))
 	}
 }
 
