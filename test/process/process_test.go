@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 )
 
 // idle is a Quarry whose binary is a script.
@@ -53,7 +54,7 @@ func TestAStartThatHangsIsEnded(t *testing.T) {
 		select {
 		case err := <-started:
 			t.Fatalf("ended at once: %v", err)
-		default:
+		case <-time.After(time.Millisecond):
 		}
 	}
 	cancel()
