@@ -137,7 +137,7 @@ func TestEverythingComesThroughTheSocketUnchanged(t *testing.T) {
 
 func family() []image.Image {
 	at := func(i int) time.Time { return time.Unix(int64(i), 0).UTC() }
-	return []image.Image{
+	list := []image.Image{
 		{Handle: handle("aa1"), Name: "pvc-1", Mutable: true, Slab: "s-aa1", Source: "local.1/gone", Created: at(1)},
 		{Handle: handle("ab2"), Name: "snap-1", Slab: "s-ab2", Source: "local.1/aa1", Created: at(2)},
 		{Handle: handle("b4"), Name: "pvc-3", Mutable: true, Slab: "s-b4", Source: "local.1/ab2", Created: at(4)},
@@ -147,6 +147,12 @@ func family() []image.Image {
 		{Handle: handle("e7"), Name: "twin", Mutable: true}, {Handle: handle("e8"), Name: "twin"},
 		{Handle: handle("f1"), Source: "local.1/f2"}, {Handle: handle("f2"), Source: "local.1/f1"},
 	}
+	for i, img := range list {
+		if img.Slab != "" {
+			list[i].Chain = []image.SlabRef{{ID: img.Slab}}
+		}
+	}
+	return list
 }
 
 func TestChainFindsTheImageAndItsFamily(t *testing.T) {

@@ -72,9 +72,7 @@ func chainOf(images []Image, of Image) Chain {
 	}
 	slices.Reverse(ancestors)
 	out := Chain{Image: of, Lineage: append(ancestors, of)}
-	if of.Slab != "" {
-		out.Slabs = []string{of.Slab}
-	}
+	out.Slabs = of.Slabs
 	var descend func(Image)
 	descend = func(i Image) {
 		below := children[i.Handle]

@@ -31,6 +31,9 @@ func imageOf(i image.Image) Image {
 		How: i.How, Params: i.Params, Children: i.Children,
 		Namespace: i.Described.Namespace, Claim: i.Described.Claim, Volume: i.Described.Volume, Class: i.Described.Class,
 	}
+	for _, s := range i.Chain {
+		out.Slabs = append(out.Slabs, s.ID)
+	}
 	if i.Mutable {
 		out.Kind = KindVolume
 	}

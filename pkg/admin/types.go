@@ -87,6 +87,7 @@ type Image struct {
 	Layout     string            `json:"layout"`
 	Size       int64             `json:"size"`
 	Slab       string            `json:"slab,omitempty"`
+	Slabs      []string          `json:"slabs,omitempty"` // from head to base
 	Source     string            `json:"source,omitempty"`
 	Created    time.Time         `json:"created"`
 	State      string            `json:"state"`

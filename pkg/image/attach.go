@@ -39,7 +39,10 @@ func (m *Manager) attach(ctx context.Context, op *operation, img *image, node st
 	if err := img.usable(); err != nil {
 		return Attachment{}, err
 	}
-	rec, slab := img.snapshot()
+	if err := m.stopMerge(ctx, img); err != nil {
+		return Attachment{}, err
+	}
+	rec, _ := img.snapshot()
 	if err := img.checkAccess(rec, a); err != nil {
 		return Attachment{}, err
 	}
@@ -51,12 +54,19 @@ func (m *Manager) attach(ctx context.Context, op *operation, img *image, node st
 	if have != nil || err != nil {
 		return value(have), err
 	}
+	return m.attachAs(ctx, img, want, a.Filesystem)
+}
+
+// attachAs creates the attachment's tag. The caller holds img's lock.
+func (m *Manager) attachAs(ctx context.Context, img *image, want Attachment, filesystem string) (Attachment, error) {
+	d, node := img.d, want.Node
 	gen := d.next()
 	want.Generation = int64(gen)
-	body, err := marshal(attachRecord{Node: node, Mode: a.Mode, Block: a.Block, FS: a.Filesystem, ReadOnly: want.ReadOnly, Nonce: nonce()})
+	body, err := marshal(attachRecord{Node: node, Mode: want.Mode, Block: want.Block, FS: filesystem, ReadOnly: want.ReadOnly, Nonce: nonce()})
 	if err != nil {
 		return Attachment{}, err
 	}
+	_, slab := img.snapshot()
 	tag := engine.Tag{Name: attachmentTag(img.id, node, gen), Slab: slab, Record: body}
 	err = d.createTag(ctx, tag)
 	d.mu.Lock()
@@ -128,6 +138,8 @@ func (img *image) admits(want Attachment) (*Attachment, error) {
 	}
 	for _, a := range img.attached {
 		switch {
+		case img.rec.Chunk > 0 && (!a.ReadOnly || !want.ReadOnly):
+			return nil, fault.New(fault.InUse, "it is attached to node %s, and its newest data is in a layer, which several nodes can only read: detach it there first, or attach it read-only everywhere", a.Node)
 		case !a.Mode.MultiNode() || !want.Mode.MultiNode():
 			return nil, fault.New(fault.InUse, "it is attached to node %s as %s: it cannot be attached to node %s as %s at the same time", a.Node, a.Mode, want.Node, want.Mode)
 		case !a.ReadOnly && !want.ReadOnly && (a.Mode == MultiNodeSingleWriter || want.Mode == MultiNodeSingleWriter):
@@ -155,6 +167,9 @@ func (m *Manager) Detach(ctx context.Context, h Handle, node string) error {
 			return struct{}{}, err
 		}
 		defer release()
+		if err := m.stopMerge(ctx, img); err != nil {
+			return struct{}{}, err
+		}
 		for _, n := range img.maybeNodes() {
 			if node == "" || node == n {
 				if err := m.detach(ctx, img, n); err != nil {
@@ -250,6 +265,9 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	if err := img.usable(); err != nil {
 		return Staging{}, err
 	}
+	if err := m.mayStage(ctx, img, node); err != nil {
+		return Staging{}, err
+	}
 	d.mu.Lock()
 	a := img.attached[node]
 	rec, slab := img.rec, img.slab
@@ -265,11 +283,15 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 			return Staging{}, err
 		}
 	}
+	st, err := d.staging(img, node)
+	if err != nil {
+		return Staging{}, err
+	}
+	st.Handle = h
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	a.Staged = true
-	return Staging{Handle: h, Layout: rec.layout(), Size: rec.Size, Slabs: []string{slab}, ReadOnly: a.ReadOnly,
-		Fresh: !rec.Used && rec.layout() == LayoutImage, Filesystem: rec.FS, Cloned: rec.Cloned, Block: a.Block, Mode: a.Mode}, nil
+	return st, nil
 }
 
 // Formatted seals that a fresh image now carries a filesystem. The node calls

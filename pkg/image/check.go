@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -91,6 +92,8 @@ func (d *domain) checkImage(img *image, s engine.Slab, have bool, add func(kind 
 		add(FindingMend, img.id, 0, "take it into use again", "it was broken (%v), and its slab is now as recorded", img.broken)
 	case img.broken != nil:
 		add(FindingReport, img.id, 0, "", "%s %q is broken: %v; restore what is missing, or delete it", kindWord(img.rec.Mutable), img.rec.Name, img.broken)
+	case have && d.mergeable(img) == nil:
+		add(FindingMerge, img.id, s.Size, "merge it into the slab below", "%s", d.whyDegraded(img))
 	default:
 		if err := compareSlab(img, s, have); err != nil {
 			add(FindingReport, img.id, 0, "", "%s %q: %v; restore the slab, or delete the %s", kindWord(img.rec.Mutable), img.rec.Name, err, kindWord(img.rec.Mutable))
@@ -160,6 +163,12 @@ func (d *domain) fixImage(ctx context.Context, img *image, f Finding) (string, e
 	dead, inFlight, visible := d.finished(img), img.op != nil, d.visible(img)
 	d.mu.Unlock()
 	switch {
+	case f.Kind == FindingMerge && visible:
+		d.mu.Lock()
+		img.mergeTried = time.Time{}
+		d.mu.Unlock()
+		d.mergeSome(ctx)
+		return "began to merge " + img.id, nil
 	case f.Kind == FindingClean && dead:
 		return "deleted the slab of " + img.id, d.dispose(ctx, img)
 	case f.Kind == FindingClean && !visible && !inFlight:

@@ -15,8 +15,9 @@ import (
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
-// resumeGrace is how long a half-done copy of an earlier manager waits for its
-// request to be repeated before it is swept. Sidecars repeat within minutes.
+// resumeGrace is how long a half-done copy of an earlier manager, or a snapshot
+// past its first seal, waits for its request to be repeated before it is swept.
+// Sidecars repeat within minutes.
 const resumeGrace = time.Hour
 
 // collectSoon wakes the collector.
@@ -72,6 +73,7 @@ func (d *domain) collect(ctx context.Context) error {
 		errs = append(errs, fault.In(d.collectImage(ctx, img), "collect", d.id, img.id))
 	}
 	errs = append(errs, d.collectEpochs(ctx))
+	d.mergeSome(ctx)
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))
 	}
@@ -105,7 +107,8 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 	d.mu.Lock()
 	inFlight, dead, pending := img.op != nil, d.finished(img), img.pending != nil
 	leftOver := !dead && (img.rev == 0 || !d.visible(img) && !img.rec.Strong)
-	waits := leftOver && img.rec.Progress > 0 && !img.found.IsZero() && d.m.cfg.Now().Sub(img.found) < resumeGrace
+	goesOn := img.rec.Progress > 0 || img.layered() && img.rec.Op == opSnapshot && len(d.children[img.id]) > 0
+	waits := leftOver && goesOn && !img.found.IsZero() && d.m.cfg.Now().Sub(img.found) < resumeGrace
 	d.mu.Unlock()
 	switch {
 	case inFlight, waits:
@@ -132,13 +135,13 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 func (d *domain) dispose(ctx context.Context, img *image) error {
 	d.mu.Lock()
 	dead := d.finished(img)
-	busy := img.readers > 0 || len(img.attached) > 0 || d.pinned(img.id) || img.op != nil
-	gone, slab := img.slabGone, img.slab
+	busy := img.readers > 0 || len(img.attached) > 0 || d.pinned(img.id) || img.op != nil || len(d.children[img.id]) > 0
+	gone, slab, theirs := img.slabGone, img.slab, d.taken(img)
 	d.mu.Unlock()
 	if !dead || busy || gone {
 		return nil
 	}
-	if slab != "" {
+	if slab != "" && !theirs {
 		if err := d.deleteSlab(ctx, slab); err != nil {
 			return err
 		}
@@ -147,7 +150,19 @@ func (d *domain) dispose(ctx context.Context, img *image) error {
 	defer d.mu.Unlock()
 	img.slabGone = true
 	d.setPromise(img)
+	d.relink(img)
 	return nil
+}
+
+// taken says whether a dead image's slab is another one's: it has become that
+// one's by a merge, or never became img's by a snapshot. The caller holds d.mu.
+func (d *domain) taken(img *image) bool {
+	for _, o := range d.images {
+		if o != img && o.slab == img.slab && !o.slabGone && (d.visible(o) || len(d.children[o.id]) > 0) {
+			return true
+		}
+	}
+	return false
 }
 
 // pinned says whether a copy into another domain may be reading the image.
@@ -372,7 +387,10 @@ func (d *domain) findStrays(ctx context.Context) ([]stray, []engine.Slab, error)
 	defer d.mu.Unlock()
 	used := make(map[string]bool, len(d.images))
 	for _, img := range d.images {
-		used[img.id], used[img.slab] = true, true
+		used[img.slab] = true
+		if !d.visible(img) { // it is being made, or taken away
+			used[img.id] = true
+		}
 	}
 	var out []stray
 	for _, s := range slabs {

@@ -259,6 +259,9 @@ func (c *creation) fill(ctx context.Context, img *image, rec record, from int64)
 		return err
 	}
 	rec.Strong, rec.Op, rec.Progress, rec.How = true, "", 0, h.String()
+	c.d.mu.Lock()
+	rec.Parent, rec.Chunk = img.filling.parent, img.filling.chunk
+	c.d.mu.Unlock()
 	if c.src != nil {
 		rec.Used, rec.FS, rec.Cloned = c.srcRec.Used, c.srcRec.FS, c.srcRec.FS != ""
 	}

@@ -64,6 +64,9 @@ func (m *Manager) deleteImage(ctx context.Context, op *operation, img *image) er
 	if rec.dead() {
 		return nil
 	}
+	if err := m.stopMerge(ctx, img); err != nil {
+		return err
+	}
 	if nodes := img.maybeNodes(); len(nodes) > 0 {
 		return fault.New(fault.InUse, "it is attached to %s: detach it first", strings.Join(nodes, ", "))
 	}
@@ -107,10 +110,13 @@ func (d *domain) sweep(ctx context.Context, img *image) error {
 	if err := d.resolve(ctx, img); err != nil {
 		return err
 	}
-	rec, slab := img.snapshot()
 	if img.rev == 0 { // the intent itself never came into being
 		d.forget(img)
 		return nil
+	}
+	slab, rec, err := d.untake(ctx, img)
+	if err != nil {
+		return err
 	}
 	if !rec.dead() {
 		rec.Strong, rec.Op, rec.Progress = false, opSwept, 0

@@ -9,6 +9,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
 // retention is how long a superseded tag outlives its successor, and the last
@@ -31,7 +32,8 @@ type domain struct {
 	underWay underWay
 	fenced   error // why nothing may be done any more; nil: all is well
 	images   map[string]*image
-	names    map[string]string // name space + "/" + CSI name: image ID
+	names    map[string]string              // name space + "/" + CSI name: image ID
+	children map[string]map[*image]struct{} // parent's ID: images whose slabs lie over its slab
 	pins     map[string]pinRecord
 	oldTags  map[string]time.Time // tags of earlier openings (e., o.), and since when
 	promised int64                // bytes
@@ -70,6 +72,10 @@ type image struct {
 	op             *operation // that is making it
 	promise        int64
 	slabGone       bool
+	filling        link      // where its slab is going to stand, while it is being filled
+	linked         string    // the parent under which domain.children has it
+	merging        *merge    // of its slab into its parent's
+	mergeTried     time.Time // when that was last begun
 	lastOld        time.Time // when its last superseded revision was deleted
 	found          time.Time // when its leftovers were found at opening; zero: made by this process
 	pending        *pendingTag
@@ -242,8 +248,9 @@ func (d *domain) apply(img *image, rec record, slab string, rev revision) {
 	}
 	img.rec, img.slab, img.rev = rec, slab, rev
 	if rec.Strong {
-		img.op = nil
+		img.op, img.filling = nil, link{}
 	}
+	d.relink(img)
 	d.setName(img)
 	d.setPromise(img)
 }
@@ -276,7 +283,10 @@ func (d *domain) setName(img *image) {
 // setPromise accounts for the bytes that an image may come to need. The
 // caller holds d.mu.
 func (d *domain) setPromise(img *image) {
-	n := img.rec.Size
+	n := img.rec.need()
+	if img.filling.chunk > 0 {
+		n = layer.StoreSize(img.rec.Size, img.filling.chunk)
+	}
 	if !img.rec.Mutable && img.rec.Alloc > 0 {
 		n = img.rec.Alloc
 	}
@@ -303,6 +313,7 @@ func (d *domain) forget(img *image) {
 	img.slabGone = true
 	d.setPromise(img)
 	delete(d.images, img.id)
+	d.relink(img)
 	if key := img.rec.space() + "/" + img.rec.Name; d.names[key] == img.id {
 		delete(d.names, key)
 	}

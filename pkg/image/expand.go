@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
@@ -34,6 +35,9 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if err := img.usable(); err != nil {
 		return Image{}, err
 	}
+	if err := m.stopMerge(ctx, img); err != nil {
+		return Image{}, err
+	}
 	rec, slab := img.snapshot()
 	if size <= rec.Size && size >= 0 {
 		if limit > 0 && rec.Size > limit {
@@ -51,25 +55,43 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if _, _, err := d.allocated(ctx, rec, slab); err != nil { // a truncated slab is not grown over its hole
 		return Image{}, err
 	}
-	give, err := d.reserve(ctx, size-rec.Size)
+	grown := rec
+	grown.Size = size
+	give, err := d.reserve(ctx, grown.need()-rec.need())
 	if err != nil {
 		return Image{}, fault.New(fault.KindOf(err), "growing from %s to %s: %w", bytesText(rec.Size), bytesText(size), err)
 	}
 	defer give()
 	op.stepf("growing the slab to %s", bytesText(size))
-	if err := d.engine.ResizeSlab(ctx, slab, size); err != nil {
+	if err := d.engine.ResizeSlab(ctx, slab, grown.need()); err != nil {
 		return Image{}, err
 	}
-	if err := d.zero(ctx, op, slab, rec.layout().Kind(), rec.Size, size); err != nil {
+	if rec.Chunk == 0 {
+		err = d.zero(ctx, op, slab, rec.layout().Kind(), rec.Size, size)
+	} else { // what a layer does not hold reads as zero behind its parent's end
+		err = d.allocate(ctx, slab, grown.need())
+	}
+	if err != nil {
 		return Image{}, err
 	}
 	op.took(how{native: true, reason: "resize"})
 	op.stepf("sealing")
-	rec.Size = size
-	if err := d.commit(ctx, img, rec, slab); err != nil {
+	if err := d.commit(ctx, img, grown, slab); err != nil {
 		return Image{}, err
 	}
 	return m.view(img), nil
+}
+
+// allocate takes the space of a layer's slab at once: see Mover.FormatLayer.
+func (d *domain) allocate(ctx context.Context, slab string, size int64) error {
+	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	if err != nil {
+		return fault.In(err, "attach", d.id, slab)
+	}
+	if err := d.m.cfg.Mover.Allocate(ctx, a.Path, size); err != nil {
+		return err
+	}
+	return d.engine.DetachSlab(ctx, slab)
 }
 
 // Modify changes the parameters of a volume that may change: its Tuning (zero

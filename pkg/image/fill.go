@@ -22,35 +22,54 @@ const (
 // filesystem frozen, so that the copy ends first.
 const freezeMargin = 2 * time.Second
 
-// cut makes the slab spec of domain to with what src holds at one moment. This
-// is where the way is chosen, best first:
+// cut makes the content of a snapshot, as its source is at one moment. This is
+// where the way is chosen, best first:
 //
 //  1. the storage's own snapshot, under a short freeze where there is one;
-//  2. (layers over the kernel's device-mapper: not in this version);
+//  2. a layer over the source's slab, by the kernel's device-mapper;
 //  3. a copy, while nobody writes: of a detached image, or of one whose
 //     filesystem is frozen for at most its quiesceLimit, or an inexact one
 //     where that is allowed.
 //
-// The caller holds src.lock, so that nobody stages src meanwhile.
-func (m *Manager) cut(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, inexact bool) (h how, isInexact bool, err error) {
+// The caller holds the source's lock, so that nobody stages it meanwhile.
+func (c *cutting) cut(ctx context.Context) (h how, isInexact bool, err error) {
+	src := c.src
 	rec, slab := src.snapshot()
 	alloc, known, err := src.d.allocated(ctx, rec, slab)
 	if err != nil {
 		return how{}, false, err
 	}
-	if src.d == dst.d && src.d.caps.Snapshotter != nil {
-		h, err := m.cutNative(ctx, op, src, spec)
+	if src.d.snapshots(&rec) {
+		h, err := c.m.cutNative(ctx, c.op, src, c.spec())
 		if !errors.Is(err, engine.ErrDeclined) {
 			return h, false, err
 		}
 	}
 	if src.d.cfg.NativeOnly {
-		return how{}, false, fault.New(fault.Unsupported, "domain %s is native-only and its storage (%s) has no native snapshot for a %s", src.d.id, src.d.desc.Location, rec.layout())
+		return how{}, false, src.d.nativeOnly("snapshot", rec.layout())
+	}
+	if err = c.m.canLayer(ctx, src); err == nil {
+		return how{reason: "layer"}, false, c.cutLayer(ctx)
+	}
+	if !errors.Is(err, fault.Unsupported) {
+		return how{}, false, err
 	}
 	if !known {
 		alloc = rec.Size
 	}
-	return m.cutCopy(ctx, op, src, dst, spec, alloc, inexact)
+	h, isInexact, copyErr := c.m.cutCopy(ctx, c.op, src, c.img, c.spec(), alloc, c.inexact)
+	if errors.Is(copyErr, fault.InUse) {
+		copyErr = fault.New(fault.InUse, "%w (and no layer: %w)", copyErr, err)
+	}
+	return h, isInexact, copyErr
+}
+
+// snapshots says whether the storage can take a snapshot of an image by itself:
+// of a layer it would have to do so for the whole chain.
+func (d *domain) snapshots(rec *record) bool { return d.caps.Snapshotter != nil && rec.Chunk == 0 }
+
+func (d *domain) nativeOnly(what string, l Layout) error {
+	return fault.New(fault.Unsupported, "domain %s is native-only and its storage (%s) has no native %s for a %s", d.id, d.desc.Location, what, l)
 }
 
 // cutNative lets the storage make a snapshot. A freeze makes the filesystem
@@ -252,9 +271,9 @@ func (q *quiet) release(ctx context.Context) error {
 
 // copySlab creates the slab spec of dst and copies src's content into it.
 // Nobody writes src meanwhile. checkpoint is told what is durable; nil: no checkpoints.
-func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64, checkpoint func(int64) error) error {
+func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64, checkpoint func(int64) error) (err error) {
 	defer src.read()()
-	rec, slab := src.snapshot()
+	rec, _ := src.snapshot()
 	if src.d == dst.d {
 		op.stepf("copying inside %s", src.d.id)
 	} else {
@@ -263,18 +282,19 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 	if err := dst.d.engine.CreateSlab(ctx, spec); err != nil {
 		return err
 	}
-	in, err := src.d.engine.AttachSlab(ctx, slab, engine.AttachOptions{ReadOnly: true})
+	in, detach, err := m.attachForReading(ctx, src)
 	if err != nil {
-		return fault.In(err, "attach the source", src.d.id, slab)
+		return err
 	}
+	defer func() { err = errors.Join(err, detach(context.WithoutCancel(ctx))) }()
 	out, err := dst.d.engine.AttachSlab(ctx, spec.ID, engine.AttachOptions{})
 	if err != nil {
 		return fault.In(err, "attach the target", dst.d.id, spec.ID)
 	}
 	if spec.Kind == engine.Tree {
-		err = m.cfg.Mover.CopyTree(ctx, in.Path, out.Path, op.progress)
+		err = m.cfg.Mover.CopyTree(ctx, in, out.Path, op.progress)
 	} else {
-		err = m.cfg.Mover.CopyBlock(ctx, in.Path, out.Path, BlockCopy{Size: rec.Size, From: from,
+		err = m.cfg.Mover.CopyBlock(ctx, in, out.Path, BlockCopy{Size: rec.Size, From: from,
 			DstZeroed: dst.d.desc.ZeroedSpace, Progress: op.progress, Checkpoint: checkpoint})
 	}
 	if err != nil {
@@ -308,11 +328,10 @@ func (d *domain) zero(ctx context.Context, op *operation, slab string, kind engi
 var errChanged = errors.New("the source has changed meanwhile")
 
 // cloneVolume fills the slab of a new volume from another volume, which may be
-// in use. Inside a domain the cut goes straight into the new slab. Into another
-// domain a native hidden snapshot is taken first, because the copy takes long;
-// where there is none, the copy itself is the cut. planned is the source's
-// record that the new one was made from: its node may have formatted and filled
-// it since, and a clone that were taken for fresh would be formatted once more.
+// in use: natively straight into the new slab, else from a hidden snapshot, else
+// by a copy that is itself the cut. planned is the source's record that the new
+// one was made from: its node may have formatted and filled it since, and a clone
+// that were taken for fresh would be formatted once more.
 func (m *Manager) cloneVolume(ctx context.Context, op *operation, src *image, planned record, dst *image, spec engine.SlabSpec) (how, error) {
 	op.stepf("waiting for %s", src.id)
 	release, err := src.hold(ctx, op)
@@ -323,48 +342,79 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src *image, pl
 	if err := src.usable(); err != nil {
 		return how{}, err
 	}
-	rec, _ := src.snapshot()
+	rec, slab := src.snapshot()
 	if rec.Size > spec.Size || rec.Used != planned.Used || rec.FS != planned.FS { // a smaller clone would lack its end
 		return how{}, fault.Wrap(fault.Conflict, errChanged)
 	}
-	if src.d != dst.d && src.d.caps.Snapshotter != nil {
-		hidden, err := m.hiddenSnapshot(ctx, op, src)
-		if err == nil {
-			release()
-			release = func() {}
-			defer src.d.sweepLater(ctx, hidden)
-			return m.cloneSnapshot(ctx, op, hidden, dst, spec, 0)
-		}
+	alloc, known, err := src.d.allocated(ctx, rec, slab)
+	if err != nil {
+		return how{}, err
+	}
+	if src.d == dst.d && src.d.snapshots(&rec) {
+		h, err := m.cutNative(ctx, op, src, spec)
 		if !errors.Is(err, engine.ErrDeclined) {
-			return how{}, err
+			return h, err
 		}
 	}
-	h, _, err := m.cut(ctx, op, src, dst, spec, false)
+	if src.d.cfg.NativeOnly && src.d == dst.d {
+		return how{}, src.d.nativeOnly("snapshot", rec.layout())
+	}
+	hidden, err := m.hiddenSnapshot(ctx, op, src, src.d != dst.d && src.d.snapshots(&rec))
+	if err == nil {
+		release()
+		release = func() {}
+		defer src.d.sweepLater(ctx, hidden)
+		return m.cloneSnapshot(ctx, op, hidden, dst, spec, 0)
+	}
+	if !errors.Is(err, engine.ErrDeclined) {
+		return how{}, err
+	}
+	if src.d.cfg.NativeOnly {
+		return how{}, src.d.nativeOnly("snapshot", rec.layout())
+	}
+	if !known {
+		alloc = rec.Size
+	}
+	h, _, err := m.cutCopy(ctx, op, src, dst, spec, alloc, false)
 	return h, err
 }
 
-// hiddenSnapshot takes a native snapshot that only a running copy needs. Its
-// record stays weak: nobody sees it, and it is swept if the copy dies.
-func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image) (*image, error) {
-	rec, _ := src.snapshot()
-	rec = record{Kind: rec.Kind, Op: opHidden, Size: rec.Size, Source: src.d.handle(src).String(), SrcVol: true,
-		Created: m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params}
+// hiddenSnapshot takes a snapshot that only a running copy or a clone needs,
+// natively if that is said, or by a layer. Its record stays weak: nobody sees it, and it is swept
+// when the copy ends or dies; what lies over it keeps its slab.
+// engine.ErrDeclined: neither can be done.
+func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image, native bool) (*image, error) {
+	if !native {
+		err := m.canLayer(ctx, src)
+		if errors.Is(err, fault.Unsupported) || src.d.cfg.NativeOnly {
+			return nil, engine.ErrDeclined
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
 	target := op.view()
-	img, err := src.d.intend(ctx, op, rec)
+	c := cutting{m: m, op: op, src: src}
+	err := c.intend(ctx, opHidden, "")
 	op.at(target.Domain, target.Image)
 	if err != nil {
 		return nil, err
 	}
-	spec := engine.SlabSpec{ID: img.id, Kind: engine.Kind(rec.Kind), Size: rec.Size, Params: rec.Params}
-	if _, err := m.cutNative(ctx, op, src, spec); err != nil {
-		src.d.sweepLater(ctx, img)
+	if native {
+		_, err = m.cutNative(ctx, op, src, c.spec())
+	} else {
+		err = c.cutLayer(ctx)
+	}
+	if err != nil {
+		src.d.sweepLater(ctx, c.img)
 		return nil, err
 	}
-	return img, nil
+	return c.img, nil
 }
 
 // cloneSnapshot fills the slab of a new volume from an image that never
-// changes: natively where the domain can, else by a copy that can be resumed.
+// changes: natively where the domain can, else by a layer, else by a copy that can be
+// resumed.
 func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64) (how, error) {
 	defer src.read()()
 	rec, slab := src.snapshot()
@@ -379,12 +429,21 @@ func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *im
 			return how{}, err
 		}
 	} else if from == 0 {
-		h, err := m.cloneNative(ctx, op, src.d, slab, spec)
+		err := engine.ErrDeclined
+		var h how
+		if rec.Chunk == 0 {
+			h, err = m.cloneNative(ctx, op, src.d, slab, spec)
+		}
 		if !errors.Is(err, engine.ErrDeclined) {
 			return h, err
 		}
 		if src.d.cfg.NativeOnly {
-			return how{}, fault.New(fault.Unsupported, "domain %s is native-only and its storage (%s) has no native clone for a %s", src.d.id, src.d.desc.Location, rec.layout())
+			return how{}, src.d.nativeOnly("clone", rec.layout())
+		}
+		if err := m.canLayer(ctx, src); err == nil {
+			return m.cloneLayer(ctx, op, src, dst, spec)
+		} else if !errors.Is(err, fault.Unsupported) {
+			return how{}, err
 		}
 	}
 	checkpoint := dst.checkpoint(ctx)

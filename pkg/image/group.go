@@ -123,12 +123,12 @@ func (m *Manager) cutGroup(ctx context.Context, op *operation, g *image, members
 	op.took(h)
 	op.stepf("sealing")
 	for _, c := range members {
-		rec := c.rec
+		rec, slab := c.img.snapshot()
 		rec.How = h.String()
-		if n, known, err := d.allocated(ctx, rec, c.img.id); err == nil && known {
+		if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
 			rec.Alloc = max(n, 1)
 		}
-		if err := d.commit(ctx, c.img, rec, c.img.id); err != nil {
+		if err := d.commit(ctx, c.img, rec, slab); err != nil {
 			return err
 		}
 	}
@@ -149,6 +149,17 @@ func (m *Manager) cutTogether(ctx context.Context, op *operation, members []*cut
 	}
 	defer func() { _ = thaw() }() // for the ways out before the one that counts
 	native := d.caps.Snapshotter != nil || d.caps.GroupSnapshotter != nil
+	for _, c := range members {
+		if rec, _ := c.src.snapshot(); rec.Chunk > 0 {
+			native = false
+		}
+	}
+	if !native && !d.cfg.NativeOnly {
+		h, err := m.layTogether(ctx, op, members)
+		if !errors.Is(err, engine.ErrDeclined) {
+			return h, err
+		}
+	}
 	limit, frozen, atOnce := DefaultQuiesceLimit, 0, native && d.caps.GroupSnapshotter != nil
 	for i, c := range members {
 		op.stepf("quiescing %s (%d of %d)", c.src.id, i+1, len(members))

@@ -33,6 +33,16 @@ func (l *lock) acquire(ctx context.Context, for_ *operation) error {
 	return nil
 }
 
+// tryAcquire does not wait.
+func (l *lock) tryAcquire() bool {
+	select {
+	case l.ch <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
 func (l *lock) release() {
 	l.holder.Store(nil)
 	<-l.ch

@@ -51,6 +51,14 @@ type Mover interface {
 	CopyTree(ctx context.Context, src, dst string, progress func(done, total int64)) error
 	// Zero makes bytes from to to of a file or device read as zero, durably.
 	Zero(ctx context.Context, path string, from, to int64) error
+	// FormatLayer makes a file or device an empty layer, durably, whatever it held
+	// before. It takes the space of size bytes at once where it is a file and the
+	// storage can, so that no write to the layer finds the storage full. All in
+	// bytes. fault.Exhausted: there is not so much.
+	FormatLayer(ctx context.Context, path string, size, chunk int64) error
+	// Allocate takes the space of size bytes of a file, as FormatLayer does, and
+	// changes nothing that can be read.
+	Allocate(ctx context.Context, path string, size int64) error
 }
 
 // BlockCopy are the options of Mover.CopyBlock.
@@ -111,7 +119,7 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 		return "", fault.In(err, "describe", cfg.Name, "")
 	}
 	d := &domain{m: m, cfg: cfg, engine: e, caps: engine.Discover(e), desc: desc, images: map[string]*image{},
-		names: map[string]string{}, pins: map[string]pinRecord{}, oldTags: map[string]time.Time{},
+		names: map[string]string{}, children: map[string]map[*image]struct{}{}, pins: map[string]pinRecord{}, oldTags: map[string]time.Time{},
 		known: map[string]struct{}{}, underWay: newUnderWay(), strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1)}
 	if err := d.open(ctx); err != nil {
 		return "", err

@@ -254,6 +254,7 @@ func (d *domain) enter(id string, revs []found, now time.Time) {
 			break
 		}
 	}
+	d.relink(img)
 }
 
 // enterSide indexes a tag that belongs to an image: attachment or pin.
@@ -314,10 +315,16 @@ func (d *domain) inspect(ctx context.Context) error {
 		case !d.visible(img):
 			if img.slabGone = !have; img.slabGone {
 				d.setPromise(img)
+				d.relink(img)
 			}
 		case img.broken != nil:
 		default:
 			img.broken = compareSlab(img, s, have)
+		}
+	}
+	for _, img := range d.images {
+		if d.visible(img) && img.broken == nil && img.rec.Kind != kindGroup {
+			img.broken = d.compareChain(img, bySlab)
 		}
 	}
 	d.mu.Unlock()
@@ -331,8 +338,8 @@ func compareSlab(img *image, s engine.Slab, have bool) error {
 		return fault.New(fault.Corrupt, "its slab %s is missing", img.slab)
 	case string(s.Kind) != img.rec.Kind:
 		return fault.New(fault.Corrupt, "its slab %s is of kind %s, recorded is %s", img.slab, s.Kind, img.rec.Kind)
-	case s.Kind == engine.Block && s.Size < img.rec.Size:
-		return fault.New(fault.Corrupt, "its slab %s has %d bytes, recorded are %d: it was truncated", img.slab, s.Size, img.rec.Size)
+	case s.Kind == engine.Block && s.Size < img.rec.need():
+		return fault.New(fault.Corrupt, "its slab %s has %d bytes, recorded are %d: it was truncated", img.slab, s.Size, img.rec.need())
 	}
 	return nil
 }

@@ -248,8 +248,8 @@ func (d *domain) allocated(ctx context.Context, rec record, slab string) (n int6
 		return 0, false, fault.New(fault.Corrupt, "%w; restore it, or delete its image: see kubectl quarry check", err)
 	case err != nil:
 		return 0, false, err
-	case rec.Kind == string(engine.Block) && u.Total < rec.Size:
-		return 0, false, fault.New(fault.Corrupt, "slab %s has %d bytes, recorded are %d: it was truncated; restore it, or delete its image: see kubectl quarry check", slab, u.Total, rec.Size)
+	case rec.Kind == string(engine.Block) && u.Total < rec.need():
+		return 0, false, fault.New(fault.Corrupt, "slab %s has %d bytes, recorded are %d: it was truncated; restore it, or delete its image: see kubectl quarry check", slab, u.Total, rec.need())
 	}
 	return u.Used, true, nil
 }

@@ -34,8 +34,12 @@ const (
 	nameDomainID     = prefixDomain + "id"
 )
 
-// recordVersion is the format that this code writes, and the newest that it reads.
-const recordVersion = 1
+// The formats of records. An image whose slab is a layer is written in the
+// second, which a Quarry without layers refuses, all others in the first.
+const (
+	recordVersion      = 1
+	recordVersionLayer = 2
+)
 
 // A revision is epoch<<32 | counter: within a domain it is never used twice.
 type revision uint64
@@ -148,6 +152,8 @@ type record struct {
 	Members  int               `json:"gm,omitempty"`
 	Inexact  bool              `json:"x,omitempty"`
 	Progress int64             `json:"pr,omitempty"` // bytes of a copy that are durable
+	Parent   string            `json:"pa,omitempty"` // the image whose slab lies below
+	Chunk    int64             `json:"ck,omitempty"` // of the layer, in bytes; 0: the slab is raw
 	Nonce    string            `json:"no"`
 	Sum      string            `json:"sum,omitempty"` // CRC-32C over tag name, slab and the rest
 }
@@ -202,6 +208,9 @@ func checksum(name, slab string, body []byte) string {
 // too large because of its name or parameters.
 func (r record) encode(name, slab string) (engine.Tag, error) {
 	r.Version, r.Sum = recordVersion, ""
+	if r.Chunk > 0 {
+		r.Version = recordVersionLayer
+	}
 	body, err := marshal(r)
 	if err != nil {
 		return engine.Tag{}, err
@@ -237,8 +246,8 @@ func decode(t engine.Tag) (record, error) {
 	if err := json.Unmarshal(t.Record, &r); err != nil {
 		return r, fault.New(fault.Corrupt, "tag %s: %w", t.Name, err)
 	}
-	if r.Version > recordVersion {
-		return r, fault.New(fault.Unsupported, "tag %s has format %d, this version of Quarry knows up to %d: upgrade Quarry", t.Name, r.Version, recordVersion)
+	if r.Version > recordVersionLayer {
+		return r, fault.New(fault.Unsupported, "tag %s has format %d, this version of Quarry knows up to %d: upgrade Quarry", t.Name, r.Version, recordVersionLayer)
 	}
 	sum := r.Sum
 	r.Sum = ""

@@ -55,6 +55,8 @@ func (a *agents) Agent(node string) (image.Agent, error) {
 	return a, nil
 }
 
+func (*agents) Nodes() []string { return []string{"n1", "n2"} }
+
 func (a *agents) Freeze(_ context.Context, h image.Handle, _ time.Duration) (image.Frozen, error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()

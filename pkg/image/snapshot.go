@@ -47,6 +47,9 @@ func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotR
 		return Image{}, err
 	}
 	if err := c.cutAndSeal(ctx); err != nil {
+		if c.toFinish(err) {
+			return Image{}, err
+		}
 		if err := src.d.abandon(ctx, c.img, err); err != nil {
 			return Image{}, err
 		}
@@ -55,7 +58,7 @@ func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotR
 }
 
 // existingSnapshot deals with a snapshot that has the name already. What an
-// earlier life left half made is swept.
+// earlier life left half made is finished if it was past its first seal, else swept.
 func (m *Manager) existingSnapshot(ctx context.Context, op *operation, img *image, source string) (done bool, err error) {
 	op.at(img.d.id, img.id)
 	release, err := img.hold(ctx, op) // not held for long: snapshots are never written
@@ -77,6 +80,9 @@ func (m *Manager) existingSnapshot(ctx context.Context, op *operation, img *imag
 		return true, nil
 	case rec.dead():
 		return false, nil
+	}
+	if done, err := m.finishCut(ctx, op, img); done || err != nil {
+		return done, err
 	}
 	return false, img.d.sweep(ctx, img)
 }
@@ -112,6 +118,9 @@ func (c *cutting) intend(ctx context.Context, verb, group string) error {
 	if err := c.src.usable(); err != nil {
 		return err
 	}
+	if err := c.m.stopMerge(ctx, c.src); err != nil {
+		return err
+	}
 	rec, slab := c.src.snapshot()
 	alloc, known, err := d.allocated(ctx, rec, slab)
 	if err != nil {
@@ -131,25 +140,30 @@ func (c *cutting) intend(ctx context.Context, verb, group string) error {
 	return err
 }
 
+// toFinish says whether a failed snapshot is past its first seal, and leaves it
+// to whoever repeats the request: see finishCut.
+func (c *cutting) toFinish(cause error) bool {
+	d := c.src.d
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if !uncertain(cause) || !c.img.layered() || c.src.below() != c.img.id || c.img.pending != nil || c.src.pending != nil {
+		return false
+	}
+	c.img.op, c.img.found = nil, d.m.cfg.Now()
+	return true
+}
+
 func (c *cutting) spec() engine.SlabSpec {
 	return engine.SlabSpec{ID: c.img.id, Kind: engine.Kind(c.rec.Kind), Size: c.rec.Size, Params: c.rec.Params}
 }
 
 func (c *cutting) cutAndSeal(ctx context.Context) error {
-	d := c.src.d
-	if err := d.describe(ctx, c.img, c.described); err != nil {
+	if err := c.src.d.describe(ctx, c.img, c.described); err != nil {
 		return err
 	}
-	h, inexact, err := c.m.cut(ctx, c.op, c.src, c.img, c.spec(), c.inexact)
+	h, inexact, err := c.cut(ctx)
 	if err != nil {
 		return err
 	}
-	c.op.took(h)
-	c.op.stepf("sealing")
-	rec := c.rec
-	rec.Strong, rec.Op, rec.Inexact, rec.How, rec.Created = true, "", inexact, h.String(), c.m.cfg.Now().UnixMilli()
-	if n, known, err := d.allocated(ctx, rec, c.img.id); err == nil && known {
-		rec.Alloc = max(n, 1)
-	}
-	return d.commit(ctx, c.img, rec, c.img.id)
+	return c.sealCut(ctx, h, inexact)
 }

@@ -128,7 +128,11 @@ type Image struct {
 	// Mutable parameters in force.
 	Tuning      Tuning
 	Attachments []Attachment
-	// Children are the images whose slabs depend on this one's.
+	// Parent is the ID of the image whose slab lies below this one's, or "".
+	Parent string
+	// Chain of slabs from head to base; one where nothing lies below.
+	Chain []SlabRef
+	// Children are the IDs of the images whose slabs depend on this one's.
 	Children []string
 	// Described is the content of the image's description for people; may be empty.
 	Described Described
@@ -224,13 +228,23 @@ type Group struct {
 	Snapshots []Image
 }
 
+// SlabRef is one slab of a chain.
+type SlabRef struct {
+	ID   string
+	Size int64 // bytes that it stands for: those of the image that it was the head of
+	// Chunk is that of a layer's store, in bytes; 0: a raw slab.
+	Chunk int64
+}
+
 // Staging is what a node needs to build an image's device or directory.
 type Staging struct {
 	Handle Handle
+	// Domain is the domain's ID, whatever name of it the handle has.
+	Domain string
 	Layout Layout
 	Size   int64 // bytes that users see
-	// Slabs from head to base. One in this release; layers come later.
-	Slabs    []string
+	// Slabs from head to base.
+	Slabs    []SlabRef
 	ReadOnly bool
 	// Fresh: it must be formatted, and Formatted called, before the first mount.
 	// Once it is false nothing may ever be formatted, whatever the device looks like.
@@ -268,9 +282,46 @@ type Agent interface {
 	Staged(ctx context.Context, h Handle) (bool, error)
 }
 
-// Agents finds the agent of a node. fault.Unavailable: it cannot be reached now.
+// ChainAgent is an Agent of a node whose kernel can build chains of layers, if
+// Layers says so. Every call is idempotent, and may be lost, repeated or late.
+type ChainAgent interface {
+	Agent
+	// Layers says whether a layer can be put over the image's slab here:
+	// fault.Unsupported with the reason if not, because the node has no
+	// device-mapper or has the image staged without it. fault.Pending: another
+	// operation on the image is running.
+	Layers(ctx context.Context, h Handle) error
+	// Switch gives the devices of images in use here the chains that the
+	// stagings say, all at one moment: their filesystems are frozen and everything
+	// written before is durable when the first of them goes on. What is not
+	// staged here, or has its chain already, is left alone. fault.Conflict: they
+	// were not all still at one moment.
+	Switch(ctx context.Context, images []Staging) error
+	// Merge starts to merge the first slab of a chain into the second, or goes on
+	// with it, and says how far it is. The image is that of the first slab. It
+	// returns at once.
+	Merge(ctx context.Context, chain Staging) (Merging, error)
+	// StopMerge stops Merge; the chain is as good as before. What does not run is success.
+	StopMerge(ctx context.Context, chain Staging) error
+	// AttachImage gives the path of a private read-only device over a chain,
+	// for copies. DetachImage takes it away.
+	AttachImage(ctx context.Context, chain Staging) (path string, err error)
+	DetachImage(ctx context.Context, h Handle, path string) error
+}
+
+// Merging says how far a merge is.
+type Merging struct {
+	Left int64 // bytes still to be merged
+	// Done: the first slab is empty, and nothing reads or writes it any more.
+	Done bool
+}
+
+// Agents finds the agents of nodes.
 type Agents interface {
+	// Agent of a node. fault.Unavailable: it cannot be reached now.
 	Agent(node string) (Agent, error)
+	// Nodes that have an agent, sorted.
+	Nodes() []string
 }
 
 // DomainConfig is a domain as configured, beside its engine.

@@ -3,6 +3,7 @@ package image
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"maps"
 	"slices"
 	"sort"
@@ -41,8 +42,22 @@ func (d *domain) viewLocked(img *image) Image {
 		}
 	case img.broken != nil:
 		v.State, v.Reason = Broken, img.broken.Error()
+	default:
+		v.Reason = d.whyDegraded(img)
+		if v.Reason != "" {
+			v.State = Degraded
+		}
+	}
+	if v.Parent = img.below(); !img.slabGone {
+		v.Chain, _ = d.chainLocked(img) // as far as it goes; what is wrong is the state's reason
+	}
+	for _, k := range d.kids(img) {
+		v.Children = append(v.Children, k.id)
 	}
 	for _, a := range img.attached {
+		if a.Mode == ModeMerging {
+			continue // it is Quarry's own
+		}
 		v.Attachments = append(v.Attachments, a.Attachment)
 	}
 	slices.SortFunc(v.Attachments, func(a, b Attachment) int { return cmp.Compare(a.Node, b.Node) })
@@ -55,6 +70,10 @@ func (d *domain) whyDeleting(img *image) string {
 		return "its slab is gone, its last tags follow"
 	case img.readers > 0 || d.pinned(img.id):
 		return "a copy of it is still running"
+	case len(d.children[img.id]) > 1:
+		return fmt.Sprintf("%d images lie over its slab", len(d.children[img.id]))
+	case len(d.children[img.id]) == 1:
+		return "the image over its slab is going to be merged into it"
 	}
 	return "waiting for the collector"
 }

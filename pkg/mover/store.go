@@ -56,7 +56,12 @@ func openSource(path string) (*store, error) {
 
 // openTarget opens path for writing and locks it until it is closed.
 func openTarget(path string) (*store, error) {
-	s, err := openStore(path, unix.O_RDWR)
+	return openLocked(path, unix.O_RDWR|unix.O_EXCL) // refused while it is mounted or part of another device
+}
+
+// openLocked opens what no other mover writes. O_EXCL is for devices.
+func openLocked(path string, flags int) (*store, error) {
+	s, err := openStore(path, flags)
 	if err != nil {
 		return nil, err
 	}
@@ -80,8 +85,8 @@ func openStore(path string, flags int) (*store, error) {
 	}
 	s := &store{path: path, fd: -1, direct: -1}
 	flags |= unix.O_CLOEXEC | unix.O_NONBLOCK
-	if isBlockDevice(&st) && flags&unix.O_ACCMODE == unix.O_RDWR {
-		flags |= unix.O_EXCL // refused while it is mounted or part of another device
+	if !isBlockDevice(&st) {
+		flags &^= unix.O_EXCL
 	}
 	fd, err := retryN(func() (int, error) { return unix.Open(path, flags, 0) })
 	if err != nil {

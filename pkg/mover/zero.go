@@ -16,7 +16,7 @@ func (m *Mover) Zero(ctx context.Context, path string, from, to int64) error {
 	if from < 0 || to < from {
 		return fault.New(fault.Invalid, "zeroing of bytes %d to %d: both must be at least 0 and in order", from, to)
 	}
-	d, err := openTarget(path)
+	d, err := openLocked(path, unix.O_RDWR) // what is zeroed may be new space of a slab in use
 	if err != nil {
 		return err
 	}

@@ -1,0 +1,331 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/layer"
+)
+
+// The default snapshot of an image with a block slab, by device-mapper. The
+// snapshot takes over the slab that its volume had, and the volume gets a new
+// slab, a layer, that lies over it:
+//
+//	intent          snapshot weak                      the new slab is named after it
+//	taking over     snapshot weak, with the old slab   protects it under a name of its own
+//	first seal      volume = new slab over snapshot    metadata is ahead of the data path
+//	switch          the node's device gets the layer   the cut
+//	seal            snapshot strong
+//
+// An empty layer changes nothing: what reads the new chain and what reads the
+// old one read the same until the switch, so every step may be repeated.
+
+// layered says that a snapshot under way has taken over its source's slab, or
+// is about to. The caller holds d.mu.
+func (img *image) layered() bool {
+	cut := img.rec.Op == opSnapshot || img.rec.Op == opHidden || img.rec.Op == opMember
+	return !img.rec.Strong && cut && img.slab != img.id && img.slab != ""
+}
+
+// canLayer says whether a layer can be put over src's slab: fault.Unsupported
+// with the reason if not. Any other error is one.
+func (m *Manager) canLayer(ctx context.Context, src *image) error {
+	rec, _ := src.snapshot()
+	if rec.Kind != string(engine.Block) {
+		return fault.New(fault.Unsupported, "a %s cannot have layers", rec.layout())
+	}
+	for _, mode := range src.modes() {
+		if mode.MultiNode() && !mode.ReadOnly() {
+			return fault.New(fault.Unsupported, "image %s is attached as %s, and a volume with several writers cannot have layers", src.id, mode)
+		}
+	}
+	_, _, err := m.chainAgent(ctx, src)
+	return err
+}
+
+func (img *image) modes() []Mode {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	var out []Mode
+	for _, a := range img.attached {
+		out = append(out, a.Mode)
+	}
+	return out
+}
+
+// overlay makes the slab id an empty layer for an image of size bytes.
+func (d *domain) overlay(ctx context.Context, op *operation, id string, size, chunk int64, params map[string]string) error {
+	op.stepf("making a layer")
+	spec := engine.SlabSpec{ID: id, Kind: engine.Block, Size: layer.StoreSize(size, chunk), Params: params}
+	if err := d.engine.CreateSlab(ctx, spec); err != nil {
+		return err
+	}
+	a, err := d.engine.AttachSlab(ctx, id, engine.AttachOptions{})
+	if err != nil {
+		return fault.In(err, "attach the layer", d.id, id)
+	}
+	if err := d.m.cfg.Mover.FormatLayer(ctx, a.Path, spec.Size, chunk); err != nil {
+		return err
+	}
+	return d.engine.DetachSlab(ctx, id)
+}
+
+// cutLayer makes the snapshot by a layer, up to and with the switch. The caller
+// holds the source's lock.
+func (c *cutting) cutLayer(ctx context.Context) error {
+	if err := c.layOver(ctx); err != nil {
+		return err
+	}
+	c.op.stepf("switching %s to its new layer", c.src.id)
+	return c.m.switchChains(ctx, c.src)
+}
+
+// layOver puts an empty layer over the source's slab, in the metadata.
+func (c *cutting) layOver(ctx context.Context) error {
+	d := c.src.d
+	rec, slab := c.src.snapshot()
+	chunk := layer.ChunkSize(rec.Size)
+	more := max(0, layer.StoreSize(rec.Size, chunk)-rec.need())
+	give, err := d.reserve(ctx, more)
+	if err != nil {
+		return err
+	}
+	defer give()
+	if err := d.overlay(ctx, c.op, c.img.id, rec.Size, chunk, rec.Params); err != nil {
+		return err
+	}
+	c.rec.Parent, c.rec.Chunk = rec.Parent, rec.Chunk
+	if err := d.commit(ctx, c.img, c.rec, slab); err != nil {
+		return err
+	}
+	rec.Parent, rec.Chunk = c.img.id, chunk
+	return d.commit(ctx, c.src, rec, c.img.id)
+}
+
+// switchChains lets the nodes on which the images are in use build their
+// present chains, those of a node all at one moment. The caller holds their locks.
+func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
+	byNode := map[string][]Staging{}
+	for _, img := range images {
+		if err := img.d.current(ctx); err != nil {
+			return err
+		}
+		for _, n := range img.stagedNodes() {
+			st, err := img.d.staging(img, n)
+			if err != nil {
+				return err
+			}
+			for _, h := range img.d.handles(img) {
+				st.Handle = h
+				byNode[n] = append(byNode[n], st)
+			}
+		}
+	}
+	for n, list := range byNode {
+		a, err := m.cfg.Agents.Agent(n)
+		if err != nil {
+			return err
+		}
+		agent, ok := a.(ChainAgent)
+		if !ok {
+			return fault.New(fault.Unsupported, "node %s cannot build chains of layers", n)
+		}
+		if err := agent.Switch(ctx, list); err != nil {
+			if fault.KindOf(err) == fault.Conflict {
+				return fault.New(fault.Pending, "node %s: %w", n, err)
+			}
+			return fault.New(fault.Unavailable, "node %s has not switched to the new chain yet: %w", n, err)
+		}
+	}
+	return nil
+}
+
+// stagedNodes are the nodes that have the image in use, sorted.
+func (img *image) stagedNodes() []string {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	var out []string
+	for n, a := range img.attached {
+		if a.Staged {
+			out = append(out, n)
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// sealCut makes the snapshot visible.
+func (c *cutting) sealCut(ctx context.Context, h how, inexact bool) error {
+	d := c.src.d
+	c.op.took(h)
+	c.op.stepf("sealing")
+	d.mu.Lock()
+	rec, slab := c.img.rec, c.img.slab
+	d.mu.Unlock()
+	rec.Strong, rec.Op, rec.Inexact, rec.How, rec.Created = true, "", inexact, h.String(), c.m.cfg.Now().UnixMilli()
+	if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
+		rec.Alloc = max(n, 1)
+	}
+	return d.commit(ctx, c.img, rec, slab)
+}
+
+// finishCut goes on with a snapshot that an earlier call, or an earlier life,
+// left after its first seal. done is false where there is none such: then it can
+// only be swept. The caller holds img's lock.
+func (m *Manager) finishCut(ctx context.Context, op *operation, img *image) (done bool, err error) {
+	d := img.d
+	d.mu.Lock()
+	layered, rec := img.layered() && img.rec.Op == opSnapshot, img.rec
+	d.mu.Unlock()
+	if !layered {
+		return false, nil
+	}
+	h, err := ParseHandle(rec.Source)
+	if err != nil {
+		return false, nil
+	}
+	src, err := m.find(m.canonical(h))
+	if errors.Is(err, fault.NotFound) {
+		return false, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	release, err := src.hold(ctx, op)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	if below := src.parent(); below != img.id || src.usable() != nil {
+		return false, nil
+	}
+	op.stepf("switching %s to its new layer", src.id)
+	if err := m.switchChains(ctx, src); err != nil {
+		return false, err
+	}
+	c := cutting{m: m, op: op, src: src, img: img, rec: rec}
+	return true, c.sealCut(ctx, how{reason: "layer"}, false)
+}
+
+func (img *image) parent() string {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	return img.below()
+}
+
+// untake gives back, in the record that sweeps it, the slab that a layered
+// snapshot under way had taken over, unless its volume already has a layer over
+// it: then the snapshot stays below it, dead, until they are merged. It returns
+// the slab that is left to img. An uncertain first seal is settled before.
+func (d *domain) untake(ctx context.Context, img *image) (slab string, rec record, err error) {
+	d.mu.Lock()
+	layered := img.layered()
+	rec, slab = img.rec, img.slab
+	var src *image
+	if h, err := ParseHandle(rec.Source); err == nil && layered {
+		src = d.images[h.Image]
+	}
+	d.mu.Unlock()
+	if !layered {
+		return slab, rec, nil
+	}
+	if src != nil {
+		if src.lock.tryAcquire() { // else whoever works on img holds it
+			defer src.lock.release()
+		}
+		if err := d.resolve(ctx, src); err != nil {
+			return "", rec, err
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(d.children[img.id]) > 0 {
+		return slab, rec, nil
+	}
+	rec.Parent, rec.Chunk = "", 0
+	return img.id, rec, nil
+}
+
+// cloneLayer makes dst's slab a layer over that of src, which never changes.
+func (m *Manager) cloneLayer(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec) (how, error) {
+	d := dst.d
+	chunk := layer.ChunkSize(spec.Size)
+	give, err := d.reserve(ctx, layer.StoreSize(spec.Size, chunk)-spec.Size)
+	if err != nil {
+		return how{}, err
+	}
+	defer give()
+	d.mu.Lock()
+	if d.finished(src) && src.rec.Op != opHidden {
+		d.mu.Unlock()
+		return how{}, fault.New(fault.NotFound, "source %s was deleted", src.id)
+	}
+	dst.filling = link{parent: src.id, chunk: chunk} // from here on src's slab stays
+	d.relink(dst)
+	d.setPromise(dst)
+	d.mu.Unlock()
+	return how{reason: "layer"}, d.overlay(ctx, op, spec.ID, spec.Size, chunk, spec.Params)
+}
+
+// attachForReading gives the path of what an image holds, for a copy: its slab
+// where that is all, else a device that a node makes of its chain.
+func (m *Manager) attachForReading(ctx context.Context, img *image) (path string, release func(context.Context) error, err error) {
+	d := img.d
+	rec, slab := img.snapshot()
+	if rec.Parent == "" && rec.Chunk == 0 {
+		a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{ReadOnly: true})
+		if err != nil {
+			return "", nil, fault.In(err, "attach the source", d.id, slab)
+		}
+		return a.Path, func(ctx context.Context) error { return d.engine.DetachSlab(ctx, slab) }, nil
+	}
+	_, agent, err := m.chainAgent(ctx, img)
+	if err != nil {
+		return "", nil, fault.New(fault.Unavailable, "image %s is a chain of layers, and no node can read it now: %w", img.id, err)
+	}
+	st, err := d.staging(img, "")
+	if err != nil {
+		return "", nil, err
+	}
+	if path, err = agent.AttachImage(ctx, st); err != nil {
+		return "", nil, fault.In(err, "attach the source", d.id, img.id)
+	}
+	return path, func(ctx context.Context) error { return agent.DetachImage(ctx, st.Handle, path) }, nil
+}
+
+// layTogether puts a layer over each member of a group, and lets their node
+// switch to all of them at one moment. engine.ErrDeclined: some member cannot
+// have a layer; nothing was changed.
+func (m *Manager) layTogether(ctx context.Context, op *operation, members []*cutting) (how, error) {
+	var sources []*image
+	var nodes []string
+	layered := ""
+	for _, c := range members {
+		if rec, _ := c.src.snapshot(); rec.Chunk > 0 {
+			layered = c.src.id
+		}
+		err := m.canLayer(ctx, c.src)
+		if errors.Is(err, fault.Unsupported) && layered == "" {
+			return how{}, engine.ErrDeclined
+		}
+		if err != nil {
+			return how{}, err
+		}
+		sources, nodes = append(sources, c.src), append(nodes, c.src.stagedNodes()...)
+	}
+	slices.Sort(nodes)
+	if nodes = slices.Compact(nodes); len(nodes) > 1 {
+		return how{}, fault.New(fault.InUse, "the group's volumes are in use on several nodes (%v), which cannot switch to their layers at one moment: use them on one node, or detach some", nodes)
+	}
+	for i, c := range members {
+		op.stepf("laying a layer over %s (%d of %d)", c.src.id, i+1, len(members))
+		if err := c.layOver(ctx); err != nil {
+			return how{}, err
+		}
+	}
+	op.stepf("switching %d volumes to their new layers", len(members))
+	return how{reason: "layer"}, m.switchChains(ctx, sources...)
+}

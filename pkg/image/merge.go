@@ -1,0 +1,431 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+// A deleted image whose slab only one other image still needs is merged with it:
+// what that image's layer holds is written into the slab below, the nodes let go
+// of the layer, and then the record says so. Until it does, layer over slab reads
+// the same as the slab alone, however far the merge has come.
+
+// ModeMerging is the mode of the attachment that a merge of an image that nobody
+// uses holds on the node that works: a manager that comes later knows of it.
+const ModeMerging Mode = "MERGE"
+
+// merge of an image's layer into the slab below that is under way.
+type merge struct {
+	node  string
+	agent ChainAgent
+	total int64 // bytes, as first told
+}
+
+// The pauses between two looks at a running merge.
+const mergeFirstLook, mergeLastLook = 50 * time.Millisecond, 2 * time.Second
+
+// whyDegraded says why an image's chain is not as it should be, or "". The
+// caller holds d.mu.
+func (d *domain) whyDegraded(img *image) string {
+	line, err := d.line(img)
+	if err != nil {
+		return err.Error()
+	}
+	limit := DefaultChainLimit
+	if t := img.rec.Tuning; t != nil && t.ChainLimit > 0 {
+		limit = t.ChainLimit
+	}
+	if len(line) > limit+1 {
+		return fmt.Sprintf("its chain has %d layers, more than chainLimit (%d)", len(line)-1, limit)
+	}
+	for _, i := range line[:len(line)-1] {
+		if d.mergeable(i) == nil {
+			return fmt.Sprintf("the layer in slab %s is going to be merged into slab %s, whose image was deleted", i.slab, d.images[i.below()].slab)
+		}
+	}
+	return ""
+}
+
+// mergeable says why the layer of img cannot be merged into the slab below;
+// nil: it can. The caller holds d.mu.
+func (d *domain) mergeable(img *image) error {
+	below := d.images[img.below()]
+	switch {
+	case below == nil || img.rec.Chunk == 0:
+		return fault.New(fault.NotFound, "nothing lies below it")
+	case img.rec.Parent == "" || img.slabGone || img.broken != nil:
+		return fault.New(fault.Pending, "it is not complete")
+	case !d.finished(below):
+		return fault.New(fault.InUse, "%s is still there", below.id)
+	case len(d.children[below.id]) != 1:
+		return fault.New(fault.InUse, "several images lie over %s", below.id)
+	case d.finished(img) && len(d.children[img.id]) == 0:
+		return fault.New(fault.NotFound, "it is deleted itself")
+	case below.op != nil || img.op != nil || below.pending != nil || img.pending != nil || below.readers > 0 || d.pinned(below.id):
+		return fault.New(fault.Pending, "it is being worked on")
+	}
+	for _, i := range d.family(img) {
+		if i.readers > 0 || i.op != nil || d.pinned(i.id) {
+			return fault.New(fault.Pending, "a copy of %s is running", i.id)
+		}
+	}
+	return nil
+}
+
+// mergeSome starts the merge that is due, one at a time.
+func (d *domain) mergeSome(ctx context.Context) {
+	d.mu.Lock()
+	var next *image
+	for _, img := range d.images {
+		if img.merging != nil {
+			d.mu.Unlock()
+			return
+		}
+		if d.mergeable(img) == nil && (next == nil || img.id < next.id) && d.m.cfg.Now().Sub(img.mergeTried) >= mergeAgain {
+			next = img
+		}
+	}
+	if next == nil {
+		d.mu.Unlock()
+		return
+	}
+	next.mergeTried = d.m.cfg.Now()
+	h := d.handle(next)
+	d.mu.Unlock()
+	d.m.background(ctx, "merge/"+h.String(), "merge", h.String(), func(ctx context.Context, op *operation) error {
+		return d.merge(ctx, op, next)
+	})
+}
+
+// mergeAgain is the least time between two attempts to merge an image.
+const mergeAgain = 10 * time.Second
+
+// background runs fn as an operation that nobody waits for. One that runs
+// already under the key goes on alone.
+func (m *Manager) background(ctx context.Context, key, verb, name string, fn func(context.Context, *operation) error) {
+	op, mine, err := m.ops.start(m, key, verb, name, "")
+	if err != nil || !mine {
+		return
+	}
+	log := klog.FromContext(ctx)
+	go func() {
+		defer m.ops.wg.Done()
+		ctx := klog.NewContext(m.ctx, log)
+		m.finish(ctx, op, struct{}{}, fn(ctx, op))
+	}()
+}
+
+// merge merges the layer of img into the slab below.
+func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
+	op.at(d.id, img.id)
+	op.took(how{reason: "merge"})
+	for first, pause := true, mergeFirstLook; ; first, pause = false, min(2*pause, mergeLastLook) {
+		done, err := d.mergeStep(ctx, op, img, first)
+		if done || err != nil {
+			if err != nil {
+				d.dropMerge(ctx, img)
+			}
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			d.dropMerge(context.WithoutCancel(ctx), img)
+			return fault.New(fault.Canceled, "merge %s: %w", img.id, ctx.Err())
+		case <-time.After(pause):
+		}
+	}
+}
+
+// dropMerge stops a merge that is not going to be looked after any more; what
+// fails is left to whoever needs the image next.
+func (d *domain) dropMerge(ctx context.Context, img *image) {
+	if err := img.lock.acquire(ctx, nil); err != nil {
+		return
+	}
+	defer img.lock.release()
+	if err := d.m.stopMerge(ctx, img); err != nil {
+		klog.FromContext(ctx).Info("A merge may still be running", "image", img.id, "err", err)
+	}
+}
+
+// mergeStep begins a merge, or looks how far it is and ends it. It holds the
+// locks only for a moment, so that others can stop the merge in between.
+func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first bool) (done bool, err error) {
+	release, err := img.hold(ctx, op)
+	if err != nil {
+		return false, err
+	}
+	defer release()
+	d.mu.Lock()
+	err = d.mergeable(img)
+	below, running := d.images[img.below()], img.merging
+	d.mu.Unlock()
+	switch {
+	case err != nil && (first || running == nil):
+		return true, nil // what was due is not any more
+	case errors.Is(err, fault.Pending): // it goes on, and ends when nobody reads
+		err = nil
+		if running == nil {
+			return false, nil
+		}
+	case err != nil:
+		return true, errors.Join(err, d.m.stopMerge(ctx, img))
+	case !first && running == nil:
+		return true, nil // somebody stopped it
+	}
+	if below.lock.tryAcquire() {
+		defer below.lock.release()
+	} else {
+		return false, nil
+	}
+	if err := d.current(ctx); err != nil {
+		return false, err
+	}
+	if first {
+		if running, err = d.beginMerge(ctx, op, img, below); err != nil {
+			return false, err
+		}
+	}
+	st, err := d.staging(img, running.node)
+	if err != nil {
+		return false, err
+	}
+	state, err := running.agent.Merge(ctx, st)
+	if err != nil {
+		return false, err
+	}
+	running.total = max(running.total, state.Left)
+	op.progress(running.total-state.Left, running.total)
+	d.mu.Lock()
+	busy := d.mergeable(img)
+	d.mu.Unlock()
+	if !state.Done || busy != nil {
+		return false, nil
+	}
+	return true, d.endMerge(ctx, op, img, below, running, st)
+}
+
+// beginMerge makes everything ready: the node's chain is that of the record,
+// the slab below is as large as the layer's image and has all its space, and
+// where nobody uses the chain a node is chosen and held.
+func (d *domain) beginMerge(ctx context.Context, op *operation, img, below *image) (*merge, error) {
+	op.stepf("preparing to merge slab %s into %s", img.slab, below.slab)
+	nodes := d.stagedOn(img)
+	run := &merge{}
+	var err error
+	switch len(nodes) {
+	case 0:
+		run.node, run.agent, err = d.m.chainAgent(ctx, img)
+	case 1:
+		run.node = nodes[0]
+		run.agent, err = d.m.layerer(ctx, img, nodes[0])
+	default:
+		err = fault.New(fault.Pending, "the layer of %s is in use on several nodes (%v): it can be merged when one is left", img.id, nodes)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := d.raise(ctx, op, img, below); err != nil {
+		return nil, err
+	}
+	if err := d.m.switchChains(ctx, img); err != nil {
+		return nil, err
+	}
+	if len(nodes) == 0 {
+		if _, err := d.m.attachAs(ctx, img, Attachment{Node: run.node, Mode: ModeMerging, Staged: true}, ""); err != nil {
+			return nil, err
+		}
+	}
+	d.mu.Lock()
+	img.merging = run
+	d.mu.Unlock()
+	op.stepf("merging slab %s into %s", img.slab, below.slab)
+	return run, nil
+}
+
+// raise brings the slab below to the size of the layer's image, and takes all
+// its space, so that no write of the merge finds the storage full.
+func (d *domain) raise(ctx context.Context, op *operation, img, below *image) error {
+	rec, _ := img.snapshot()
+	old, slab := below.snapshot()
+	grown := old
+	grown.Size, grown.Alloc = max(old.Size, rec.Size), 0
+	d.mu.Lock()
+	more := grown.need() - below.promise
+	d.mu.Unlock()
+	give, err := d.reserve(ctx, max(0, more))
+	if err != nil {
+		return fault.New(fault.KindOf(err), "merging slab %s: %w", img.slab, err)
+	}
+	defer give()
+	if grown.Size > old.Size {
+		if err := d.engine.ResizeSlab(ctx, slab, grown.need()); err != nil {
+			return err
+		}
+		if old.Chunk == 0 {
+			if err := d.zero(ctx, op, slab, engine.Block, old.Size, grown.Size); err != nil {
+				return err
+			}
+		}
+	}
+	if err := d.allocate(ctx, slab, grown.need()); err != nil {
+		return err
+	}
+	if grown.Size == old.Size && old.Alloc == 0 {
+		return nil
+	}
+	return d.commit(ctx, below, grown, slab)
+}
+
+// endMerge lets the node go over to the slab below, seals it as the image's, and
+// leaves the empty layer to the deleted image, whose slab goes next.
+func (d *domain) endMerge(ctx context.Context, op *operation, img, below *image, run *merge, st Staging) error {
+	op.stepf("taking slab %s away", img.slab)
+	st.Slabs = st.Slabs[1:]
+	if slices.Contains(img.stagedNodes(), run.node) {
+		for _, h := range d.handles(img) {
+			st.Handle = h
+			if err := run.agent.Switch(ctx, []Staging{st}); err != nil {
+				return err
+			}
+		}
+	}
+	if err := d.m.stopMergeOn(ctx, img, run.node); err != nil { // it lets go of what it had made for itself
+		return err
+	}
+	held := img.heldForMerge() != ""
+	rec, layerSlab := img.snapshot()
+	old, slab := below.snapshot()
+	rec.Parent, rec.Chunk = old.Parent, old.Chunk
+	if err := d.commit(ctx, img, rec, slab); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	img.merging = nil
+	d.mu.Unlock()
+	old.Parent, old.Chunk, old.Alloc = "", 0, 0
+	old.Size = rec.Size
+	if err := d.commit(ctx, below, old, layerSlab); err != nil {
+		return err
+	}
+	if held {
+		if err := d.m.detach(ctx, img, run.node); err != nil {
+			return err
+		}
+	}
+	if err := d.dispose(ctx, below); err != nil {
+		return err
+	}
+	d.collectSoon() // the next one
+	return nil
+}
+
+// heldForMerge is the node on which a merge holds the image, or "".
+func (img *image) heldForMerge() string {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	for n, a := range img.attached {
+		if a.Mode == ModeMerging {
+			return n
+		}
+	}
+	return ""
+}
+
+// stopMerge stops a merge of img's layer, if one may be running, and gives the
+// image free. The caller holds img's lock.
+func (m *Manager) stopMerge(ctx context.Context, img *image) error {
+	d := img.d
+	held := img.heldForMerge()
+	d.mu.Lock()
+	run := img.merging
+	d.mu.Unlock()
+	if run == nil && held == "" {
+		return nil
+	}
+	node := held
+	if run != nil {
+		node = run.node
+	}
+	if err := m.stopMergeOn(ctx, img, node); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	img.merging = nil
+	d.mu.Unlock()
+	if held != "" {
+		return m.detach(ctx, img, held)
+	}
+	return nil
+}
+
+func (m *Manager) stopMergeOn(ctx context.Context, img *image, node string) error {
+	a, err := m.cfg.Agents.Agent(node)
+	if err != nil {
+		return fault.New(fault.Unavailable, "a merge of image %s may be running on node %s, which cannot be asked to stop it: %w", img.id, node, err)
+	}
+	agent, ok := a.(ChainAgent)
+	if !ok {
+		return nil // it cannot merge
+	}
+	st, err := img.d.staging(img, node)
+	if err != nil {
+		return err
+	}
+	if err := agent.StopMerge(ctx, st); err != nil {
+		return fault.New(fault.Unavailable, "node %s has not stopped merging image %s: %w", node, img.id, err)
+	}
+	return nil
+}
+
+// mayStage stops the merges in img's chain that may be running on other nodes
+// than the one that is about to use it. The caller holds img's lock.
+func (m *Manager) mayStage(ctx context.Context, img *image, node string) error {
+	d := img.d
+	d.mu.Lock()
+	line, err := d.line(img)
+	d.mu.Unlock()
+	if err != nil {
+		return fault.New(fault.Corrupt, "image %s is broken: %w", img.id, err)
+	}
+	for _, i := range line[:len(line)-1] {
+		d.mu.Lock()
+		dead := d.finished(d.images[i.below()])
+		d.mu.Unlock()
+		if !dead {
+			continue
+		}
+		for _, n := range d.stagedOn(i) {
+			if n == node {
+				continue
+			}
+			if i != img {
+				release, err := i.hold(ctx, nil)
+				if err != nil {
+					return err
+				}
+				defer release()
+			}
+			if err := m.stopMergeOn(ctx, i, n); err != nil {
+				return err
+			}
+			d.mu.Lock()
+			i.merging = nil
+			d.mu.Unlock()
+			if i.heldForMerge() == n {
+				if err := m.detach(ctx, i, n); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}

@@ -1,0 +1,95 @@
+package mover
+
+import (
+	"context"
+	"io"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/layer"
+)
+
+// FormatLayer implements image.Mover: it makes path an empty layer, after its
+// space is taken. fault.Exhausted: the storage has not so much.
+func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64) error {
+	d, err := openTarget(path)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	if err := d.allocate(size); err != nil {
+		return err
+	}
+	if ctx.Err() != nil {
+		return canceled(ctx, "formatting of layer "+path)
+	}
+	return layer.Format(d.file(), chunk)
+}
+
+// Allocate implements image.Mover.
+func (m *Mover) Allocate(_ context.Context, path string, size int64) error {
+	d, err := openLocked(path, unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	if err := d.allocate(size); err != nil {
+		return err
+	}
+	return sysErr(retry(func() error { return unix.Fsync(d.fd) }), "flush", path)
+}
+
+// allocate takes the space of a file's first size bytes, where the storage can
+// do that. A device has its space.
+func (s *store) allocate(size int64) error {
+	if s.size < size {
+		return fault.New(fault.Corrupt, "%q has %d bytes, %d were recorded: it was truncated", s.path, s.size, size)
+	}
+	if s.device {
+		return nil
+	}
+	err := retry(func() error { return unix.Fallocate(s.fd, unix.FALLOC_FL_KEEP_SIZE, 0, size) })
+	if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
+		return nil
+	}
+	return sysErr(err, "allocate the space of", s.path)
+}
+
+// file is the store past the page cache where that can be.
+func (s *store) file() layer.File {
+	if s.direct >= 0 {
+		return descriptor(s.direct)
+	}
+	return descriptor(s.fd)
+}
+
+// descriptor is an open file.
+type descriptor int
+
+func (d descriptor) ReadAt(b []byte, off int64) (int, error) {
+	return all(b, func(b []byte, n int64) (int, error) { return unix.Pread(int(d), b, off+n) }, io.EOF)
+}
+
+func (d descriptor) WriteAt(b []byte, off int64) (int, error) {
+	return all(b, func(b []byte, n int64) (int, error) { return unix.Pwrite(int(d), b, off+n) }, io.ErrShortWrite)
+}
+
+// all repeats f, which is told how much is done, until it has done all of b; end
+// is the error of one that does nothing.
+func all(b []byte, f func(b []byte, done int64) (int, error), end error) (int, error) {
+	done := 0
+	for done < len(b) {
+		n, err := retryN(func() (int, error) { return f(b[done:], int64(done)) })
+		if err == nil && n == 0 {
+			err = end
+		}
+		if err != nil {
+			return done, err
+		}
+		done += n
+	}
+	return done, nil
+}
+
+func (d descriptor) Sync() error { return retry(func() error { return unix.Fsync(int(d)) }) }

@@ -1,0 +1,3 @@
+package crash_test
+
+func (nodes) Nodes() []string { return []string{"n1"} }
