@@ -484,7 +484,7 @@ func TestLeftOversOfAKilledAgent(t *testing.T) {
 	w.unstage(h)
 	// Killed between attaching and mounting.
 	attach := func() block.Device {
-		d, err := w.node.devices.Attach(bg, block.Spec{Owner: h.String(), Use: block.Filesystem, Slabs: []string{w.path("v")}, Size: 16 << 20})
+		d, err := w.node.devices.Attach(bg, block.Spec{Owner: h.String(), Use: block.Filesystem, Slabs: []block.Slab{{ID: h.Domain + "/v", Path: w.path("v"), Size: 16 << 20}}, Size: 16 << 20})
 		w.ok(err)
 		w.restart()
 		return d

@@ -142,7 +142,7 @@ func severalTargets(m image.Mode) bool { return m.MultiNode() || m == image.Sing
 
 // view returns a read-only device over a writable one.
 func (n *Node) view(ctx context.Context, h image.Handle, dev block.Device) (string, error) {
-	v, err := n.devices.Attach(ctx, block.Spec{Owner: h.String(), Use: block.View, Slabs: []string{dev.Path}, Size: dev.Size, ReadOnly: true})
+	v, err := n.devices.Attach(ctx, block.Spec{Owner: h.String(), Use: block.View, Slabs: []block.Slab{{Path: dev.Path, Size: dev.Size}}, Size: dev.Size, ReadOnly: true})
 	return v.Path, err
 }
 

@@ -118,7 +118,11 @@ func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, e
 	if r.Access.Block {
 		use = block.Raw
 	}
-	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: paths, Size: st.Size, ReadOnly: readOnly})
+	slabs := make([]block.Slab, 0, len(paths))
+	for i, path := range paths {
+		slabs = append(slabs, block.Slab{ID: r.Handle.Domain + "/" + st.Slabs[i], Path: path, Size: st.Size})
+	}
+	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: slabs, Size: st.Size, ReadOnly: readOnly})
 	if err != nil {
 		return damaged(err)
 	}

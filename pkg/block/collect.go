@@ -1,0 +1,133 @@
+package block
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+)
+
+// detach takes a top down, what stands on it of ours, and what only it used.
+func (d *Devices) detach(ctx context.Context, dev Device) error {
+	unlock, w, m, err := d.claim(ctx, dev)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	domains := w.domains(*dev.mapped)
+	if m == nil {
+		return d.collect(ctx, domains)
+	}
+	domains = append(domains, w.domains(*m)...)
+	now, err := d.awake(ctx, w, *m) // what is suspended would be written out never
+	if err != nil {
+		return err
+	}
+	for _, upper := range w.above(number(now.Major, now.Minor)) {
+		if err := d.host().RemoveMapped(ctx, upper); err != nil {
+			return err
+		}
+	}
+	if now.Open == 0 { // else it fails below, soon
+		if err := d.host().FlushDevice(ctx, now.Path); err != nil {
+			return err
+		}
+	}
+	if err := d.host().RemoveMapped(ctx, now); err != nil {
+		return err
+	}
+	return d.collect(ctx, domains)
+}
+
+// Collect takes down the devices of a domain's slabs that no top uses, as a
+// killed agent may leave them.
+func (d *Devices) Collect(ctx context.Context, domain string) error {
+	names := []string{domainHash(domain)}
+	unlock, err := d.lockDomains(ctx, names)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return d.collect(ctx, names)
+}
+
+// Recover is what a starting agent calls before anything else: it resumes what a
+// killed one left suspended and takes down what no top uses. It returns the names
+// of what was suspended.
+func (d *Devices) Recover(ctx context.Context) (resumed []string, err error) {
+	if err := d.Layers(ctx); fault.KindOf(err) == fault.Unsupported && err != nil {
+		return nil, nil
+	} else if err != nil {
+		return nil, err
+	}
+	left, err := d.host().ResumeLeft(ctx, uuidPrefix)
+	for _, m := range left {
+		resumed = append(resumed, m.Name)
+	}
+	w, lookErr := d.look(ctx)
+	if lookErr != nil {
+		return resumed, errors.Join(err, lookErr)
+	}
+	var domains []string
+	for _, m := range w.mapped {
+		domains = append(domains, domainOf(m.UUID))
+	}
+	for _, lp := range w.loops {
+		domains = append(domains, domainOf(lp.Mark))
+	}
+	slices.Sort(domains)
+	errs := []error{err}
+	for _, name := range slices.Compact(domains) {
+		if name == "" {
+			continue
+		}
+		unlock, err := d.lockDomains(ctx, []string{name})
+		if err != nil {
+			return resumed, errors.Join(append(errs, err)...)
+		}
+		errs = append(errs, d.collect(ctx, []string{name}))
+		unlock()
+	}
+	return resumed, errors.Join(errs...)
+}
+
+// collect removes the layers, pads and loop devices of domains, given by their hashes,
+// that nobody holds: from the top down, until nothing more goes. They are locked.
+func (d *Devices) collect(ctx context.Context, domains []string) error {
+	for {
+		w, err := d.look(ctx)
+		if err != nil {
+			return err
+		}
+		gone := 0
+		for _, m := range w.mapped {
+			if m.Open > 0 || !slices.Contains(domains, domainOf(m.UUID)) || domainOf(m.UUID) == "" {
+				continue
+			}
+			if err := d.host().RemoveMapped(ctx, m); err != nil && !errors.Is(err, fault.InUse) {
+				return err
+			} else if err == nil {
+				gone++
+			}
+		}
+		if gone > 0 {
+			continue
+		}
+		for _, lp := range w.loops {
+			if !slices.Contains(domains, domainOf(lp.Mark)) || len(w.users(lp)) > 0 {
+				continue
+			}
+			if err := d.host().DetachLoop(ctx, lp); err != nil && !errors.Is(err, fault.InUse) {
+				return err
+			}
+		}
+		return nil
+	}
+}
+
+// users are our devices that stand on a loop device.
+func (w *world) users(lp host.Loop) []host.Mapped {
+	return w.above(number(loopMajor, uint32(lp.Number)))
+}

@@ -1,0 +1,207 @@
+package block
+
+import (
+	"context"
+	"errors"
+	"slices"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+)
+
+// step moves one top to another head.
+type step struct {
+	top    host.Mapped
+	levels []level // the chain, head first
+}
+
+// Switch gives the tops of some owners other chains, all at one moment: with
+// a new, empty layer on top, or without one that was merged. Filesystems on them
+// are frozen, the old heads flushed. What is so already is left alone; owners
+// without a device here are skipped, and each Spec's Use and ReadOnly.
+//
+// fault.Conflict: the moment was not one, or an owner has another chain than the given
+// one continues; or some owners' tops are moved already and others' not, so that an
+// earlier attempt was cut short and its cut is no one moment: then nothing is
+// changed, each has to be switched by itself. fault.Unsupported and fault.InUse: a
+// device was made without device-mapper.
+func (d *Devices) Switch(ctx context.Context, specs []Spec) error {
+	for _, s := range specs {
+		if err := s.check(); err != nil {
+			return err
+		}
+	}
+	unlock, err := d.lock(ctx, specs...)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	w, err := d.look(ctx)
+	if err != nil {
+		return err
+	}
+	done := false
+	var steps []step
+	for _, s := range specs {
+		more, here, err := d.steps(ctx, w, s)
+		if err != nil {
+			return errors.Join(err, d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
+		}
+		done = done || here && len(more) == 0
+		steps = append(steps, more...)
+	}
+	if done && len(steps) > 0 {
+		return errors.Join(fault.New(fault.Conflict, "some of %d images have their new chains already, and others not: an earlier attempt was cut short, and what it cut is no one point in time; switch each by itself", len(specs)),
+			d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
+	}
+	err = d.move(ctx, w, steps)
+	return errors.Join(err, d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
+}
+
+// steps builds an owner's new chain and says which tops have to move to it.
+// here: the owner has a top.
+func (d *Devices) steps(ctx context.Context, w *world, s Spec) (_ []step, here bool, _ error) {
+	var tops []host.Mapped
+	for _, u := range uses {
+		if m := w.uuid(topUUID(u, s.Owner)); m != nil && m.Targets != nil {
+			m, err := d.awake(ctx, w, *m)
+			if err != nil {
+				return nil, true, err
+			}
+			tops = append(tops, m)
+		}
+	}
+	if len(tops) == 0 {
+		return nil, false, d.noLoops(ctx, s)
+	}
+	writable := slices.ContainsFunc(tops, func(m host.Mapped) bool { return !m.ReadOnly })
+	levels, err := d.build(ctx, w, s.Slabs, writable)
+	if err != nil {
+		return nil, true, err
+	}
+	var out []step
+	for _, m := range tops {
+		t := read(m)
+		switch {
+		case t.kind != "linear":
+			return nil, true, strange(m, "a linear device over the image's head")
+		case t.under != levels[0].num:
+			out = append(out, step{top: m, levels: levels})
+		}
+	}
+	return out, true, nil
+}
+
+// noLoops refuses a chain for an owner that has a device without device-mapper.
+func (d *Devices) noLoops(ctx context.Context, s Spec) error {
+	if len(s.Slabs) == 1 {
+		return nil
+	}
+	loops, err := d.host().Loops(ctx, func(lp host.Loop) bool {
+		use, ok := useOf(lp.Mark)
+		return ok && use != View && lp.Mark == mark(use, s.Owner)
+	})
+	if err != nil {
+		return err
+	}
+	if len(loops) > 0 {
+		return fault.New(fault.InUse, "%s is attached as %s, without device-mapper: it can get no layer before it was unstaged from this node and staged again", s.Owner, loops[0].Path)
+	}
+	return nil
+}
+
+// continues refuses a chain that would show other content than the top does:
+// what lies above its present head must be empty layers.
+func (d *Devices) continues(ctx context.Context, w *world, s step) error {
+	now := read(s.top).under
+	for _, l := range s.levels {
+		if w.content(l.num) == w.content(now) {
+			return nil
+		}
+		if l.store == "" {
+			continue // it was merged: its parent is next
+		}
+		empty, err := d.empty(ctx, l.store)
+		if err != nil {
+			return fault.New(fault.KindOf(err), "slab %s: %w", l.slab.ID, err)
+		}
+		if !empty {
+			return fault.New(fault.Conflict, "%s is in use over device %s, and the layer %s, which should come over that, holds content already", s.top.Path, now, l.slab.ID)
+		}
+	}
+	return fault.New(fault.Conflict, "%s is in use over device %s, which is not in the chain that it should get (head %s): unstage the volume and stage it again", s.top.Path, now, s.levels[0].slab.ID)
+}
+
+// move switches tops that are awake, all at one moment.
+func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
+	if len(steps) == 0 {
+		return nil
+	}
+	var devices []host.Mapped
+	var heads []string
+	for _, s := range steps {
+		if err := d.continues(ctx, w, s); err != nil {
+			return err
+		}
+		devices = append(devices, s.top)
+		devices = append(devices, w.above(number(s.top.Major, s.top.Minor))...) // the filesystem is on these
+		if path := w.path(read(s.top).under); !slices.Contains(heads, path) {
+			heads = append(heads, path)
+		}
+	}
+	if err := d.flush(ctx, heads); err != nil { // most of it now, while nobody waits
+		return err
+	}
+	s, err := d.host().SuspendAll(ctx, devices, suspendLimit)
+	if err != nil {
+		return err
+	}
+	err = d.flush(ctx, heads)
+	for _, st := range steps {
+		if err == nil {
+			err = d.host().LoadMapped(ctx, st.top, st.top.ReadOnly, linear(st.levels[0].num, st.top.Size))
+		}
+	}
+	after := context.WithoutCancel(ctx)
+	if err != nil {
+		return errors.Join(err, d.clearAll(after, steps), s.Resume())
+	}
+	if err := s.Resume(); err != nil {
+		return errors.Join(err, d.clearAll(after, steps))
+	}
+	for _, st := range steps {
+		if _, err := d.again(after, w, st.top); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func (d *Devices) clearAll(ctx context.Context, steps []step) error {
+	var errs []error
+	for _, s := range steps {
+		errs = append(errs, d.host().ClearMapped(ctx, s.top))
+	}
+	return errors.Join(errs...)
+}
+
+func (d *Devices) flush(ctx context.Context, paths []string) error {
+	for _, p := range paths {
+		if err := d.host().FlushDevice(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// path is a device's node.
+func (w *world) path(num string) string {
+	if m := w.number(num); m != nil {
+		return m.Path
+	}
+	if lp := w.loop(num); lp != nil {
+		return lp.Path
+	}
+	path, _, _ := nodeOf(num)
+	return path
+}
