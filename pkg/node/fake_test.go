@@ -4,6 +4,7 @@ import (
 	"context"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -47,6 +48,11 @@ func (m *manager) Stage(_ context.Context, h image.Handle, _ string, _ int64) (i
 	if !ok {
 		return st, fault.New(fault.NotFound, "no image %s", h)
 	}
+	st.Domain = h.Domain
+	st.Slabs = slices.Clone(st.Slabs)
+	for i := range st.Slabs {
+		st.Slabs[i].Size = st.Size // one raw slab
+	}
 	return st, nil
 }
 
@@ -80,7 +86,7 @@ func (m *manager) Get(_ context.Context, h image.Handle) (image.Image, error) {
 	if !ok {
 		return image.Image{}, fault.New(fault.NotFound, "no image %s", h)
 	}
-	return image.Image{Handle: h, Size: st.Size, Slab: st.Slabs[0], Layout: st.Layout}, nil
+	return image.Image{Handle: h, Size: st.Size, Slab: st.Slabs[0].ID, Chain: st.Slabs, Layout: st.Layout}, nil
 }
 
 // files is an engine of which a node needs only attaching.
@@ -213,7 +219,7 @@ func (w *world) volume(name string, size int64) image.Handle {
 	w.ok(f.Truncate(size))
 	w.ok(f.Close())
 	h := w.handle(name)
-	w.set(h, image.Staging{Handle: h, Layout: image.LayoutImage, Size: size, Slabs: []string{name}, Fresh: true})
+	w.set(h, image.Staging{Handle: h, Layout: image.LayoutImage, Size: size, Slabs: []image.SlabRef{{ID: name}}, Fresh: true})
 	return h
 }
 
@@ -240,7 +246,7 @@ func (w *world) clone(of image.Handle, name string, size int64) image.Handle {
 	w.ok(os.Truncate(filepath.Join(w.dir, name), size))
 	h := w.handle(name)
 	st := w.images[of]
-	st.Handle, st.Slabs, st.Size, st.Cloned = h, []string{name}, size, true
+	st.Handle, st.Slabs, st.Size, st.Cloned = h, []image.SlabRef{{ID: name, Size: size}}, size, true
 	w.set(h, st)
 	return h
 }

@@ -16,7 +16,7 @@ func TestNoErrorIsFinalWhileTheImageIsStaged(t *testing.T) {
 	w := newWorld(t)
 	file, tree := w.volume("v", testSize), w.handle("tree")
 	w.ok(os.Mkdir(w.path("tree"), 0o755))
-	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: testSize, Slabs: []string{"tree"}})
+	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: testSize, Slabs: []image.SlabRef{{ID: "tree"}}})
 	for _, h := range []image.Handle{file, tree} {
 		w.stage(h, "")
 		for name, change := range map[string]func(*StageRequest){

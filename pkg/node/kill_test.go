@@ -54,7 +54,7 @@ func freezeAndWait(point, limit string) error {
 
 // churnImage is what the killed process and the test agree on.
 func churnImage(domain, kind string) (image.Staging, image.Access) {
-	st := image.Staging{Handle: image.Handle{Domain: domain, Image: kind}, Layout: image.LayoutImage, Size: 16 << 20, Slabs: []string{kind}, Filesystem: host.Ext4}
+	st := image.Staging{Handle: image.Handle{Domain: domain, Image: kind}, Layout: image.LayoutImage, Size: 16 << 20, Slabs: []image.SlabRef{{ID: kind}}, Filesystem: host.Ext4}
 	a := image.Access{Mode: image.SingleNodeMultiWriter}
 	switch kind {
 	case "raw":

@@ -57,7 +57,10 @@ type Node struct {
 	mu     sync.Mutex
 	busy   map[image.Handle]chan struct{} // held locks; closed when let go
 	frozen map[image.Handle]*host.Freeze
-	slabs  map[image.Handle][]string // what this process attached; a hint only
+	slabs  map[image.Handle][]image.SlabRef // what this process attached; a hint only
+	// reading are the private devices of copies, by path; reads counts them.
+	reading map[string]reading
+	reads   int
 }
 
 var _ image.Agent = (*Node)(nil)
@@ -72,14 +75,22 @@ func New(cfg Config) *Node {
 		cfg: cfg, host: h, devices: block.Devices{Host: h},
 		busy:   map[image.Handle]chan struct{}{},
 		frozen: map[image.Handle]*host.Freeze{},
-		slabs:  map[image.Handle][]string{},
+		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]reading{},
 	}
 }
 
-// Start thaws what a predecessor that died left frozen. Errors of single
-// mounts are logged: one dead server must not keep an agent from starting.
+// Start resumes and thaws what a predecessor that died left suspended or frozen,
+// and takes down the devices that it had made for itself. Errors of single ones
+// are logged: one dead server must not keep an agent from starting.
 func (n *Node) Start(ctx context.Context) error {
 	log := klog.FromContext(ctx)
+	resumed, err := n.devices.Recover(ctx)
+	if err != nil {
+		log.Error(err, "Looking for suspended devices")
+	}
+	for _, path := range resumed {
+		log.Info("Resumed a device that was left suspended", "device", path)
+	}
 	devices, err := n.devices.All(ctx)
 	if errors.Is(err, fault.Unavailable) {
 		log.Error(err, "Looking for frozen filesystems")
@@ -88,6 +99,7 @@ func (n *Node) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	n.dropPrivate(ctx, devices)
 	mounts, err := n.host.Mounts()
 	if err != nil {
 		return err
@@ -176,6 +188,16 @@ func (a *Agents) Agent(node string) (image.Agent, error) {
 		return nil, fault.New(fault.Unavailable, "node %q has no agent here", node)
 	}
 	return a.node, nil
+}
+
+// Nodes implements image.Agents.
+func (a *Agents) Nodes() []string {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.node == nil {
+		return nil
+	}
+	return []string{a.node.cfg.NodeID}
 }
 
 // Freeze implements image.Agent. It does not wait for another operation on the

@@ -275,7 +275,7 @@ func TestDirectoryVolume(t *testing.T) {
 	w := newWorld(t)
 	w.ok(os.Mkdir(w.path("tree"), 0o755))
 	h := w.handle("tree")
-	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []string{"tree"}})
+	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []image.SlabRef{{ID: "tree"}}})
 	r := w.request(h, "")
 	r.MountFlags = []string{"commit=30"}
 	w.fails(w.node.Stage(bg, r), fault.Invalid, `mount flag "commit"`)
@@ -484,7 +484,7 @@ func TestLeftOversOfAKilledAgent(t *testing.T) {
 	w.unstage(h)
 	// Killed between attaching and mounting.
 	attach := func() block.Device {
-		d, err := w.node.devices.Attach(bg, block.Spec{Owner: h.String(), Use: block.Filesystem, Slabs: []block.Slab{{ID: h.Domain + "/v", Path: w.path("v"), Size: 16 << 20}}, Size: 16 << 20})
+		d, err := w.node.devices.Attach(bg, block.Spec{Owner: h.String(), Use: block.Filesystem, Slabs: []block.Slab{{ID: h.String(), Path: w.path("v"), Size: 16 << 20}}, Size: 16 << 20})
 		w.ok(err)
 		w.restart()
 		return d
@@ -502,7 +502,7 @@ func TestLeftOversOfAKilledAgent(t *testing.T) {
 	// Killed between a directory's anchor and its bind mount.
 	w.ok(os.Mkdir(w.path("tree"), 0o755))
 	tree := w.handle("tree")
-	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []string{"tree"}})
+	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []image.SlabRef{{ID: "tree"}}})
 	for _, again := range []bool{true, false} {
 		w.ok(w.node.host.MountFilesystem(bg, anchorPrefix+tree.String(), w.staging(tree), "tmpfs", []string{"ro", "size=4k", "nr_inodes=2"}))
 		w.restart()

@@ -19,7 +19,7 @@ func TestAMountedSubPathKeepsTheImageStaged(t *testing.T) {
 	tree, beside := w.handle("tree"), w.handle("tree2") // one name begins with the other
 	for _, h := range []image.Handle{tree, beside} {
 		w.ok(os.Mkdir(w.path(h.Image), 0o755))
-		w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: testSize, Slabs: []string{h.Image}})
+		w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: testSize, Slabs: []image.SlabRef{{ID: h.Image}}})
 	}
 	file := w.volume("v", testSize)
 	for _, h := range []image.Handle{tree, beside, file} {

@@ -58,7 +58,7 @@ func TestADirectoryStagedAgainStillGoesToItsGroup(t *testing.T) {
 	w := newWorld(t)
 	h := w.handle("tree")
 	w.ok(os.Mkdir(w.path("tree"), 0o755))
-	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: testSize, Slabs: []string{"tree"}})
+	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: testSize, Slabs: []image.SlabRef{{ID: "tree"}}})
 	r := w.request(h, "")
 	w.ok(w.node.Stage(bg, r))
 	r.VolumeMountGroup = "4242"
@@ -172,7 +172,7 @@ func TestErrorsDoNotTellTheValuesOfMountFlags(t *testing.T) {
 	}
 	tree := w.handle("tree")
 	w.ok(os.Mkdir(w.path("tree"), 0o755))
-	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: testSize, Slabs: []string{"tree"}})
+	w.set(tree, image.Staging{Handle: tree, Layout: image.LayoutDirectory, Size: testSize, Slabs: []image.SlabRef{{ID: "tree"}}})
 	r := w.request(tree, "")
 	r.MountFlags = []string{"password=geheim"}
 	for _, err := range []error{w.node.Stage(bg, r), checkFlags(r.MountFlags, true)} {

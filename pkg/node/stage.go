@@ -10,7 +10,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/block"
-	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -87,40 +86,28 @@ func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
 	if err := fits(r, st); err != nil {
 		return err
 	}
-	e, err := n.cfg.Engines(r.Handle.Domain)
-	if err != nil {
-		return err
-	}
 	readOnly := st.ReadOnly || r.Access.Mode.ReadOnly()
 	n.mu.Lock()
 	n.slabs[r.Handle] = st.Slabs
 	n.mu.Unlock()
-	if err := n.assemble(ctx, r, st, e, readOnly, group); err != nil {
+	if err := n.assemble(ctx, r, st, readOnly, group); err != nil {
 		return n.giveUp(ctx, r.Handle, err)
 	}
 	return nil
 }
 
 // assemble attaches the slabs and puts together what is used of them.
-func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, e engine.Engine, readOnly bool, group int) error {
-	paths := make([]string, 0, len(st.Slabs))
-	for _, id := range st.Slabs {
-		a, err := e.AttachSlab(ctx, id, engine.AttachOptions{ReadOnly: readOnly})
-		if err != nil {
-			return damaged(err)
-		}
-		paths = append(paths, a.Path)
+func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, readOnly bool, group int) error {
+	slabs, err := n.attachSlabs(ctx, st, readOnly)
+	if err != nil {
+		return err
 	}
 	if st.Layout == image.LayoutDirectory {
-		return n.stageTree(ctx, r, paths[0], readOnly, group)
+		return n.stageTree(ctx, r, slabs[0].Path, readOnly, group)
 	}
 	use := block.Filesystem
 	if r.Access.Block {
 		use = block.Raw
-	}
-	slabs := make([]block.Slab, 0, len(paths))
-	for i, path := range paths {
-		slabs = append(slabs, block.Slab{ID: r.Handle.Domain + "/" + st.Slabs[i], Path: path, Size: st.Size})
 	}
 	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: slabs, Size: st.Size, ReadOnly: readOnly})
 	if err != nil {
@@ -197,8 +184,8 @@ func damaged(err error) error {
 // fits compares what is asked with what the image is.
 func fits(r StageRequest, st image.Staging) error {
 	switch {
-	case len(st.Slabs) != 1:
-		return fault.New(fault.Unsupported, "the image is a chain of %d slabs: this release stages images of one", len(st.Slabs))
+	case len(st.Slabs) == 0:
+		return fault.New(fault.Internal, "the image has no slab")
 	case st.Layout == image.LayoutDirectory && r.Access.Block:
 		return fault.New(fault.Invalid, "access \"block\" was asked for, and the image has the layout %q: only %q can be a raw block device", st.Layout, image.LayoutImage)
 	case st.Block != r.Access.Block:

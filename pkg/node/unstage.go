@@ -102,17 +102,15 @@ func (n *Node) detachSlabs(ctx context.Context, h image.Handle) error {
 		if err != nil {
 			return err
 		}
-		if im.Slab != "" {
-			slabs = []string{im.Slab}
-		}
+		slabs = im.Chain
 	}
 	if len(slabs) > 0 {
 		e, err := n.cfg.Engines(h.Domain)
 		if err != nil {
 			return err
 		}
-		for _, id := range slabs {
-			if err := e.DetachSlab(ctx, id); err != nil {
+		for _, slab := range slabs {
+			if err := e.DetachSlab(ctx, slab.ID); err != nil {
 				return err
 			}
 		}

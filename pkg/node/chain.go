@@ -1,0 +1,253 @@
+package node
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+var _ image.ChainAgent = (*Node)(nil)
+
+// Layers implements image.ChainAgent.
+func (n *Node) Layers(ctx context.Context, h image.Handle) error {
+	return fault.In(n.layers(ctx, h), "look for", h.Domain, h.Image)
+}
+
+func (n *Node) layers(ctx context.Context, h image.Handle) error {
+	if err := n.devices.Layers(ctx); err != nil {
+		return err
+	}
+	unlock, err := n.tryFor(h)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	s, err := n.find(ctx, h)
+	if err != nil {
+		return err
+	}
+	for _, d := range s.devices {
+		if d.Use != block.View && !d.Switchable() {
+			return fault.New(fault.Unsupported, "it was staged without device-mapper, as %s: stage it again", d.Path)
+		}
+	}
+	return nil
+}
+
+// tryFor is tryLock with an error: what the Image Manager asks for waits for no
+// other operation, which may itself be waiting for the Image Manager.
+func (n *Node) tryFor(h image.Handle) (unlock func(), err error) {
+	unlock, held := n.tryLock(h)
+	if held != nil {
+		return nil, fault.New(fault.Pending, "another operation on %s is running on node %s", h, n.cfg.NodeID)
+	}
+	return unlock, nil
+}
+
+// Switch implements image.ChainAgent.
+func (n *Node) Switch(ctx context.Context, images []image.Staging) error {
+	images = slices.Clone(images)
+	slices.SortFunc(images, func(a, b image.Staging) int { return cmp.Compare(a.Handle.String(), b.Handle.String()) })
+	ctx = context.WithoutCancel(ctx) // what was begun goes to its end
+	var specs []block.Spec
+	var staged []image.Staging
+	for _, st := range images {
+		unlock, err := n.tryFor(st.Handle)
+		if err != nil {
+			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
+		}
+		defer unlock()
+		s, err := n.find(ctx, st.Handle)
+		if err != nil {
+			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
+		}
+		i := slices.IndexFunc(s.devices, func(d block.Device) bool { return d.Use != block.View })
+		if i < 0 {
+			continue // not staged here
+		}
+		slabs, err := n.attachSlabs(ctx, st, false)
+		if err != nil {
+			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
+		}
+		dev := s.devices[i]
+		specs = append(specs, block.Spec{Owner: st.Handle.String(), Use: dev.Use, Slabs: slabs, Size: st.Size, ReadOnly: dev.ReadOnly})
+		staged = append(staged, st)
+	}
+	if len(specs) == 0 {
+		return nil
+	}
+	if err := n.devices.Switch(ctx, specs); err != nil {
+		return err
+	}
+	for _, st := range staged {
+		n.mu.Lock()
+		before := n.slabs[st.Handle]
+		n.slabs[st.Handle] = st.Slabs
+		n.mu.Unlock()
+		for _, old := range before {
+			if !slices.ContainsFunc(st.Slabs, func(s image.SlabRef) bool { return s.ID == old.ID }) {
+				n.letGo(ctx, st.Handle.Domain, old.ID)
+			}
+		}
+	}
+	return nil
+}
+
+// attachSlabs attaches the slabs of a chain. A chain of layers is attached for
+// writing: which of its slabs is written changes, and nothing below a head ever is.
+func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool) ([]block.Slab, error) {
+	e, err := n.cfg.Engines(st.Handle.Domain)
+	if err != nil {
+		return nil, err
+	}
+	readOnly = readOnly && len(st.Slabs) == 1
+	var out []block.Slab
+	for _, s := range st.Slabs {
+		a, err := e.AttachSlab(ctx, s.ID, engine.AttachOptions{ReadOnly: readOnly})
+		if err != nil {
+			return nil, damaged(err)
+		}
+		out = append(out, block.Slab{ID: st.Domain + "/" + s.ID, Path: a.Path, Size: s.Size, Chunk: s.Chunk})
+	}
+	return out, nil
+}
+
+// letGo tells the engine that a slab is not used any more. One that another
+// chain on this node still uses stays.
+func (n *Node) letGo(ctx context.Context, domain, slab string) {
+	e, err := n.cfg.Engines(domain)
+	if err == nil {
+		err = e.DetachSlab(ctx, slab)
+	}
+	if err != nil {
+		klog.FromContext(ctx).Info("A slab that is not used any more stays attached", "domain", domain, "slab", slab, "err", err)
+	}
+}
+
+// mergeOwner and readOwner own the devices that are made for a merge of what is
+// not staged here, and for copies.
+func mergeOwner(h image.Handle) string       { return h.String() + "#merge" }
+func readOwner(h image.Handle, n int) string { return fmt.Sprintf("%s#read%d", h, n) }
+
+// Merge implements image.ChainAgent.
+func (n *Node) Merge(ctx context.Context, chain image.Staging) (image.Merging, error) {
+	ctx = context.WithoutCancel(ctx)
+	h := chain.Handle
+	if len(chain.Slabs) < 2 {
+		return image.Merging{}, fault.New(fault.Internal, "merge %s: a chain of %d slabs", h, len(chain.Slabs))
+	}
+	slabs, err := n.attachSlabs(ctx, chain, false)
+	if err != nil {
+		return image.Merging{}, fault.In(err, "merge", h.Domain, h.Image)
+	}
+	m, err := n.devices.Merge(ctx, slabs)
+	if errors.Is(err, fault.NotFound) { // the image is not in use here
+		spec := block.Spec{Owner: mergeOwner(h), Use: block.Private, Slabs: slabs, Size: chain.Size, ReadOnly: true}
+		if _, err = n.devices.Attach(ctx, spec); err == nil {
+			m, err = n.devices.Merge(ctx, slabs)
+		}
+	}
+	if err != nil {
+		return image.Merging{}, fault.In(err, "merge", h.Domain, h.Image)
+	}
+	if m.Done {
+		n.letGo(ctx, h.Domain, chain.Slabs[0].ID)
+	}
+	return image.Merging{Left: m.Left, Done: m.Done}, nil
+}
+
+// StopMerge implements image.ChainAgent.
+func (n *Node) StopMerge(ctx context.Context, chain image.Staging) error {
+	ctx = context.WithoutCancel(ctx)
+	h := chain.Handle
+	if len(chain.Slabs) == 0 {
+		return nil
+	}
+	if err := n.devices.StopMerge(ctx, chain.Domain+"/"+chain.Slabs[0].ID); err != nil {
+		return fault.In(err, "stop the merge of", h.Domain, h.Image)
+	}
+	devices, err := n.devices.Find(ctx, mergeOwner(h))
+	if err != nil {
+		return fault.In(err, "stop the merge of", h.Domain, h.Image)
+	}
+	for _, d := range devices {
+		if err := n.devices.Detach(ctx, d); err != nil {
+			return fault.In(err, "stop the merge of", h.Domain, h.Image)
+		}
+		for _, s := range chain.Slabs {
+			n.letGo(ctx, h.Domain, s.ID)
+		}
+	}
+	return nil
+}
+
+// AttachImage implements image.ChainAgent.
+func (n *Node) AttachImage(ctx context.Context, chain image.Staging) (string, error) {
+	ctx = context.WithoutCancel(ctx)
+	h := chain.Handle
+	slabs, err := n.attachSlabs(ctx, chain, false)
+	if err != nil {
+		return "", fault.In(err, "attach", h.Domain, h.Image)
+	}
+	n.mu.Lock()
+	n.reads++
+	owner := readOwner(h, n.reads)
+	n.mu.Unlock()
+	dev, err := n.devices.Attach(ctx, block.Spec{Owner: owner, Use: block.Private, Slabs: slabs, Size: chain.Size, ReadOnly: true})
+	if err != nil {
+		return "", fault.In(err, "attach", h.Domain, h.Image)
+	}
+	n.mu.Lock()
+	n.reading[dev.Path] = reading{dev, chain.Slabs}
+	n.mu.Unlock()
+	return dev.Path, nil
+}
+
+// reading is a private device that a copy uses.
+type reading struct {
+	dev   block.Device
+	slabs []image.SlabRef
+}
+
+// DetachImage implements image.ChainAgent.
+func (n *Node) DetachImage(ctx context.Context, h image.Handle, path string) error {
+	ctx = context.WithoutCancel(ctx)
+	n.mu.Lock()
+	r, ok := n.reading[path]
+	n.mu.Unlock()
+	if !ok {
+		return nil
+	}
+	if err := n.devices.Detach(ctx, r.dev); err != nil {
+		return fault.In(err, "detach", h.Domain, h.Image)
+	}
+	n.mu.Lock()
+	delete(n.reading, path)
+	n.mu.Unlock()
+	for _, s := range r.slabs {
+		n.letGo(ctx, h.Domain, s.ID)
+	}
+	return nil
+}
+
+// dropPrivate takes down the private devices that a predecessor left: copies
+// begin again, and merges are begun again by the Image Manager.
+func (n *Node) dropPrivate(ctx context.Context, devices []block.Device) {
+	for _, d := range devices {
+		if d.Use != block.Private {
+			continue
+		}
+		if err := n.devices.Detach(ctx, d); err != nil && !errors.Is(err, fault.InUse) {
+			klog.FromContext(ctx).Error(err, "Taking down a device of a predecessor", "device", d.Path)
+		}
+	}
+}
