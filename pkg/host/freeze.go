@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -31,7 +32,9 @@ type Freeze struct {
 	local *Local
 	dir   *os.File
 	pipe  io.WriteCloser
-	ended chan struct{} // closed when the watchdog has ended
+	dog   int           // the watchdog's process
+	died  chan struct{} // closed when the watchdog has ended
+	ended chan struct{} // closed when nothing is done in its place any more either
 
 	mu   sync.Mutex
 	over bool
@@ -50,7 +53,7 @@ func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (
 		}
 	}
 	dir, err := guarded(ctx, &l.guard, "open "+point, quick, func() (*os.File, error) {
-		f, err := os.OpenFile(point, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		f, err := openFile(point, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
 		if err != nil {
 			return nil, ioError("open", point, err)
 		}
@@ -63,40 +66,34 @@ func (l *Local) Freeze(ctx context.Context, point string, limit time.Duration) (
 	if err != nil {
 		return nil, err
 	}
-	f := &Freeze{local: l, dir: dir, ended: make(chan struct{})}
+	f := &Freeze{local: l, dir: dir, died: make(chan struct{}), ended: make(chan struct{})}
 	if err := f.watch(limit); err != nil {
 		_ = dir.Close()
 		return nil, err
 	}
-	left, answered := make(chan struct{}), make(chan struct{})
-	err = l.guard.Do(ctx, "freeze "+point, min(limit, quick), func() error {
+	answered := make(chan struct{})
+	err = l.guard.offer(ctx, "freeze "+point, min(limit, quick), func(_ context.Context, hand func(error) bool) {
 		defer close(answered)
 		err := ioctlFreeze(dir, fifreeze)
-		select {
-		case <-left: // nobody waits any more
-			if err == nil {
-				_ = ioctlFreeze(dir, fithaw)
-			}
-		default:
+		if !hand(err) && err == nil {
+			_ = ioctlFreeze(dir, fithaw)
 		}
-		return err
 	})
 	if err == nil {
 		return f, nil
 	}
-	close(left)
 	switch {
 	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTTY):
 		err = fault.New(fault.Unsupported, "freeze %s: its filesystem cannot be frozen", point)
 	case errors.Is(err, unix.EBUSY):
 		err = fault.New(fault.InUse, "freeze %s: somebody else froze it", point)
+	case errors.Is(err, stillHangs): // that attempt has a watchdog of its own
 	case errors.Is(err, fault.Unavailable), errors.Is(err, fault.Deadline), errors.Is(err, fault.Canceled):
 		// It may freeze yet: the watchdog stays and thaws it, should the call that
 		// was left behind not come to it.
 		go func() {
 			<-answered
-			<-f.ended
-			_ = dir.Close()
+			f.outlive()
 		}()
 		return nil, err
 	default:
@@ -132,24 +129,38 @@ func (f *Freeze) watch(limit time.Duration) error {
 	if err := cmd.Start(); err != nil {
 		return fault.New(fault.Unavailable, "watchdog: %w", err)
 	}
-	f.pipe = pipe
+	f.pipe, f.dog = pipe, cmd.Process.Pid
 	go func() {
 		_ = cmd.Wait()
-		// If it was killed, nobody else would thaw.
+		close(f.died)
 		f.mu.Lock()
-		if !f.over {
-			_ = ioctlFreeze(f.dir, fithaw)
-		}
+		over := f.over
 		f.mu.Unlock()
-		close(f.ended)
+		if over {
+			close(f.ended)
+			return
+		}
+		// If it was killed, nobody else would thaw.
+		_ = f.thaw("in place of its watchdog", func() { close(f.ended) })
 	}()
 	return nil
+}
+
+// thaw asks the kernel, and waits no longer than its limit; answered is called
+// when the kernel has answered, however late.
+func (f *Freeze) thaw(who string, answered func()) error {
+	// Nobody else has this key, so it is never refused.
+	key := fmt.Sprintf("thaw %s %s (%d)", f.dir.Name(), who, f.dog)
+	return f.local.guard.Do(context.Background(), key, f.local.thawing, func() error {
+		defer answered()
+		return ioctlFreeze(f.dir, fithaw)
+	})
 }
 
 // Holds says whether the freeze has held without a break so far.
 func (f *Freeze) Holds() bool {
 	select {
-	case <-f.ended:
+	case <-f.died:
 		return false
 	default:
 		return true
@@ -158,36 +169,64 @@ func (f *Freeze) Holds() bool {
 
 // Thaw ends the freeze. fault.Conflict: it had ended before, by its limit or by
 // somebody else's hand, so what was copied meanwhile does not belong together.
+// fault.Unavailable: the storage did not answer within 10 s, or not well: the
+// filesystem is thawed when it does.
 func (f *Freeze) Thaw() error {
 	held := f.Holds()
 	f.mu.Lock()
-	if f.over {
-		f.mu.Unlock()
+	over := f.over
+	f.over = true
+	f.mu.Unlock()
+	if over {
 		return fault.New(fault.Conflict, "the freeze of %s has ended before", f.dir.Name())
 	}
-	f.over = true
-	err := ioctlFreeze(f.dir, fithaw)
-	f.mu.Unlock()
+	answered := make(chan struct{})
+	err := f.thaw("at its end", func() { close(answered) })
+	switch {
+	case errors.Is(err, fault.Unavailable):
+		go func() {
+			<-answered
+			f.dismiss()
+		}()
+		return err
+	case err != nil && !errors.Is(err, unix.EINVAL): // the watchdog tries once more
+		go f.outlive()
+		return ioError("thaw", f.dir.Name(), err)
+	}
 	f.dismiss()
 	switch {
-	case errors.Is(err, unix.EINVAL):
-		return fault.New(fault.Conflict, "the freeze of %s did not hold: it was thawed before, by its time limit or by somebody else", f.dir.Name())
 	case err != nil:
-		return ioError("thaw", f.dir.Name(), err)
+		return fault.New(fault.Conflict, "the freeze of %s did not hold: it was thawed before, by its time limit or by somebody else", f.dir.Name())
 	case !held:
 		return fault.New(fault.Conflict, "the freeze of %s did not hold: its watchdog had ended", f.dir.Name())
 	}
 	return nil
 }
 
-// dismiss sends the watchdog home and waits for it.
+// dismiss sends the watchdog home and waits for it, though not for ever: it
+// may just be thawing what does not answer.
 func (f *Freeze) dismiss() {
 	f.mu.Lock()
 	f.over = true
 	f.mu.Unlock()
 	_, _ = io.WriteString(f.pipe, "t") // EPIPE: it has ended
-	_ = f.pipe.Close()
+	gone := make(chan struct{})
+	go func() {
+		f.outlive()
+		close(gone)
+	}()
+	patience := time.NewTimer(f.local.thawing)
+	defer patience.Stop()
+	select {
+	case <-gone:
+	case <-patience.C:
+	}
+}
+
+// outlive waits for the end of the watchdog and lets go of the mount.
+func (f *Freeze) outlive() {
 	<-f.ended
+	_ = f.pipe.Close()
 	_ = f.dir.Close()
 }
 
@@ -195,7 +234,7 @@ func (f *Freeze) dismiss() {
 // whether it was.
 func (l *Local) ThawLeft(ctx context.Context, point string) (bool, error) {
 	return guarded(ctx, &l.guard, "thaw "+point, quick, func() (bool, error) {
-		f, err := os.OpenFile(point, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+		f, err := openFile(point, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW)
 		if err != nil {
 			return false, ioError("open", point, err)
 		}

@@ -18,6 +18,13 @@ type Guard struct {
 	stuck map[string]int
 }
 
+// refusal is why a Guard did not even begin.
+type refusal string
+
+func (r refusal) Error() string { return string(r) }
+
+const stillHangs = refusal("an earlier attempt still hangs: the storage does not answer")
+
 // Do runs f, which must change nothing that the caller shares with it except
 // through a result that is read only when Do returned nil. key names what is
 // asked ("statfs /mnt"). fault.Unavailable: it did not answer within limit, or
@@ -35,7 +42,7 @@ func (g *Guard) offer(ctx context.Context, key string, limit time.Duration, f fu
 	hangs := g.stuck[key] > 0
 	g.mu.Unlock()
 	if hangs {
-		return fault.New(fault.Unavailable, "%s: an earlier attempt still hangs: the storage does not answer", key)
+		return fault.New(fault.Unavailable, "%s: %w", key, stillHangs)
 	}
 	done := make(chan error)
 	left, leave := context.WithCancel(context.WithoutCancel(ctx))

@@ -9,6 +9,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest/hangfs"
 )
@@ -175,4 +177,87 @@ func TestWhatNobodyTookIsKnownToItsMaker(t *testing.T) {
 	close(release)
 	<-undone
 	until(t, "it is forgotten", func() bool { return g.Abandoned() == 0 })
+}
+
+// frozen is an ext4 that is frozen and whose storage then stops taking writes.
+func frozen(t *testing.T, mark string) (*hangfs.FS, *Local, *Freeze) {
+	t.Helper()
+	fs, l, ctx := hangfs.New(t, 16<<20), NewLocal(Exec{}), context.Background()
+	if _, err := (Exec{}).Run(ctx, Command{Name: "mkfs.ext4", Args: []string{"-q", "-F", fs.File}}); err != nil {
+		t.Fatal(err)
+	}
+	lp, err := l.AttachLoop(ctx, LoopSpec{File: fs.File, Size: 16 << 20, Mark: mark})
+	if err != nil {
+		t.Fatal(err)
+	}
+	point := t.TempDir()
+	t.Cleanup(func() {
+		fs.Release()
+		until(t, "the calls come back", func() bool { return l.Abandoned() == 0 })
+		var err error
+		until(t, "it comes free", func() bool { err = l.UnmountAll(ctx, point); return !errors.Is(err, fault.InUse) })
+		if err := errors.Join(err, l.DetachLoop(ctx, lp)); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := l.MountFilesystem(ctx, lp.Path, point, Ext4, nil); err != nil {
+		t.Fatal(err)
+	}
+	l.thawing = 50 * time.Millisecond
+	f, err := l.Freeze(ctx, point, time.Hour)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Write || op == hangfs.Fsync })
+	return fs, l, f
+}
+
+// within fails the test when f hangs.
+func within(t *testing.T, what string, f func() error) error {
+	t.Helper()
+	ended := make(chan error, 1)
+	go func() { ended <- f() }()
+	select {
+	case err := <-ended:
+		return err
+	case <-time.After(20 * time.Second): // far beyond every limit here
+		t.Fatal(what + " hangs")
+		return nil
+	}
+}
+
+func TestAThawThatHangsHoldsNobodyUp(t *testing.T) {
+	fs, l, f := frozen(t, "quarry-test-late-thaw")
+	if err := within(t, "thawing", f.Thaw); !errors.Is(err, fault.Unavailable) {
+		t.Fatalf("the storage does not answer: %v", err)
+	}
+	if fs.Held(t); l.Abandoned() == 0 {
+		t.Fatal("what hangs is not counted")
+	}
+	if err := within(t, "thawing again", f.Thaw); !errors.Is(err, fault.Conflict) {
+		t.Fatal(err)
+	}
+	fs.Release()
+	if err := within(t, "writing", func() error { return os.WriteFile(filepath.Join(f.dir.Name(), "f"), nil, 0o600) }); err != nil {
+		t.Fatal(err)
+	}
+	<-f.ended // the watchdog was sent home
+}
+
+func TestAThawInPlaceOfTheWatchdogHoldsNobodyUp(t *testing.T) {
+	fs, _, f := frozen(t, "quarry-test-late-watchdog")
+	if err := unix.Kill(-f.dog, unix.SIGKILL); err != nil { // it leads a session of its own
+		t.Fatal(err)
+	}
+	fs.Held(t)
+	if f.Holds() {
+		t.Fatal("it holds without a watchdog")
+	}
+	if err := within(t, "thawing", f.Thaw); !errors.Is(err, fault.Unavailable) {
+		t.Fatalf("the storage does not answer: %v", err)
+	}
+	fs.Release()
+	if err := within(t, "writing", func() error { return os.WriteFile(filepath.Join(f.dir.Name(), "f"), nil, 0o600) }); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -25,13 +25,15 @@ const (
 type Local struct {
 	run   Runner
 	guard Guard
+	// thawing is how long a thaw, which writes to the storage, is waited for.
+	thawing time.Duration
 
 	mu    sync.Mutex
 	marks map[int]Loop // by number, valid for one disk sequence
 }
 
 // NewLocal returns the host on which programs are started with run.
-func NewLocal(run Runner) *Local { return &Local{run: run, marks: map[int]Loop{}} }
+func NewLocal(run Runner) *Local { return &Local{run: run, thawing: quick, marks: map[int]Loop{}} }
 
 // Abandoned is how many system calls hang now.
 func (l *Local) Abandoned() int { return l.guard.Abandoned() }
@@ -94,7 +96,7 @@ func stat(path string) (FileInfo, error) {
 // something that was written earlier has been lost.
 func (l *Local) Sync(ctx context.Context, path string) error {
 	return l.guard.Do(ctx, "sync "+path, flush, func() error {
-		f, err := os.Open(path)
+		f, err := openFile(path, os.O_RDONLY)
 		if err != nil {
 			return ioError("sync", path, err)
 		}
@@ -106,7 +108,7 @@ func (l *Local) Sync(ctx context.Context, path string) error {
 // SyncDevice writes out a block device's cache and that of what is below.
 func (l *Local) SyncDevice(ctx context.Context, device string) error {
 	return l.guard.Do(ctx, "sync "+device, flush, func() error {
-		f, err := os.OpenFile(device, os.O_RDONLY, 0)
+		f, err := openFile(device, os.O_RDONLY)
 		if err != nil {
 			return ioError("sync", device, err)
 		}
@@ -119,7 +121,7 @@ func (l *Local) SyncDevice(ctx context.Context, device string) error {
 // error is what a workload would get.
 func (l *Local) ReadDevice(ctx context.Context, device string) error {
 	return l.guard.Do(ctx, "read "+device, quick, func() error {
-		f, err := os.OpenFile(device, os.O_RDONLY|unix.O_DIRECT, 0)
+		f, err := openFile(device, os.O_RDONLY|unix.O_DIRECT)
 		if err != nil {
 			return ioError("read", device, err)
 		}
@@ -135,6 +137,22 @@ func (l *Local) ReadDevice(ctx context.Context, device string) error {
 		}
 		return ioError("read", device, err)
 	})
+}
+
+// openFile is os.OpenFile for what may hang. os.OpenFile tells Go's poller of
+// the file, and a FUSE server that does not answer to that stops the poller, and
+// with it this whole process.
+func openFile(path string, flags int) (*os.File, error) {
+	for {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0)
+		if errors.Is(err, unix.EINTR) {
+			continue
+		}
+		if err != nil {
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+		return os.NewFile(uintptr(fd), path), nil
+	}
 }
 
 // ioError gives the error of a system call its kind. nil stays nil.
@@ -180,7 +198,7 @@ func (l *Local) Unclaimed(ctx context.Context, device string) error {
 	defer patience.Stop()
 	for {
 		err := l.guard.Do(ctx, "claim "+device, quick, func() error {
-			f, err := os.OpenFile(device, os.O_RDONLY|unix.O_EXCL, 0)
+			f, err := openFile(device, os.O_RDONLY|unix.O_EXCL)
 			if err != nil {
 				return ioError("claim", device, err)
 			}

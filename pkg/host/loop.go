@@ -115,7 +115,7 @@ func (l *Local) attachLoop(ctx context.Context, spec LoopSpec) (lp Loop, h loopH
 	if spec.ReadOnly {
 		flags = os.O_RDONLY
 	}
-	f, err := os.OpenFile(spec.File, flags, 0)
+	f, err := openFile(spec.File, flags)
 	if err != nil {
 		return Loop{}, h, ioError("open", spec.File, err)
 	}
@@ -159,7 +159,7 @@ func largeEnough(f *os.File, size int64) error {
 func lockLoops(ctx context.Context, file string, flags int) (unlock func(), err error) {
 	for _, path := range []string{file, "/dev/loop-control"} {
 		var f *os.File
-		if f, err = os.OpenFile(path, flags, 0); err != nil {
+		if f, err = openFile(path, flags); err != nil {
 			return nil, ioError("open", path, err)
 		}
 		if err = flock(ctx, f); err == nil {
@@ -224,7 +224,7 @@ func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec, h *loopHo
 	if lp.ReadOnly != spec.ReadOnly {
 		return lp, false, l.detachLoop(ctx, lp)
 	}
-	d, err := os.OpenFile(lp.Path, os.O_RDONLY, 0) // while it is open it stays
+	d, err := openFile(lp.Path, os.O_RDONLY) // while it is open it stays
 	if err != nil {
 		return lp, false, ioError("open", lp.Path, err)
 	}
@@ -253,7 +253,7 @@ func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec, h *loopHo
 }
 
 func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec, h *loopHold) (Loop, error) {
-	control, err := os.OpenFile("/dev/loop-control", os.O_RDWR, 0)
+	control, err := openFile("/dev/loop-control", os.O_RDWR)
 	if err != nil {
 		return Loop{}, loopError(err)
 	}
@@ -301,7 +301,7 @@ func configure(n int, cfg *unix.LoopConfig) (*os.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := os.OpenFile(path, os.O_RDWR, 0)
+	d, err := openFile(path, os.O_RDWR)
 	if err != nil {
 		return nil, ioError("open", path, err)
 	}
@@ -531,14 +531,14 @@ func (l *Local) loop(ctx context.Context, n int) (Loop, error) {
 // openLoop opens a device that exists. A missing node, as in a new container
 // with a /dev of its own, does not mean that the device is gone: it is made.
 func openLoop(lp Loop, flags int) (*os.File, error) {
-	d, err := os.OpenFile(lp.Path, flags, 0)
+	d, err := openFile(lp.Path, flags)
 	if !errors.Is(err, os.ErrNotExist) {
 		return d, err
 	}
 	if _, err := loopNode(lp.Number); err != nil {
 		return nil, err
 	}
-	return os.OpenFile(lp.Path, flags, 0)
+	return openFile(lp.Path, flags)
 }
 
 func ask(lp Loop) (Loop, error) {

@@ -90,7 +90,7 @@ type Superblock struct {
 // fault.Corrupt: there is none of that type.
 func (l *Local) Superblock(ctx context.Context, device, fsType string) (Superblock, error) {
 	return guarded(ctx, &l.guard, "read the superblock of "+device, quick, func() (Superblock, error) {
-		f, err := os.Open(device)
+		f, err := openFile(device, os.O_RDONLY)
 		if err != nil {
 			return Superblock{}, ioError("read", device, err)
 		}

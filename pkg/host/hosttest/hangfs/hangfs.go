@@ -91,6 +91,7 @@ func New(t testing.TB, size int64) *FS {
 	}
 	served := make(chan struct{})
 	go func() { defer close(served); f.serve() }()
+	f.refusePolls(t)
 	t.Cleanup(func() {
 		f.Release()
 		err := unix.Unmount(point, 0)
@@ -108,6 +109,21 @@ func New(t testing.TB, size int64) *FS {
 		_ = content.Close()
 	})
 	return f
+}
+
+// refusePolls lets the kernel ask once whether the file can be polled and learn
+// that it never need ask. If it asked later, this process's own poller would
+// wait for an answer that this process cannot give meanwhile.
+func (f *FS) refusePolls(t testing.TB) {
+	t.Helper()
+	fd, err := unix.Open(f.File, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0); err != nil && !errors.Is(err, unix.EINTR) {
+		t.Fatal(err)
+	}
 }
 
 // Hang holds the requests for which hold says true, from now until Release.
