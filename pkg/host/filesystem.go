@@ -69,7 +69,7 @@ func (l *Local) Format(ctx context.Context, device, fsType string, size int64) e
 	case Btrfs:
 		args = []string{"-f", "-q", "-K"}
 	}
-	_, err := l.run.Run(ctx, Command{Name: "mkfs." + fsType, Args: append(args, device), Timeout: toolTimeout})
+	_, err := l.tool(ctx, device, Command{Name: "mkfs." + fsType, Args: append(args, device)})
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "make %s on %s: %w", fsType, device, err)
@@ -80,6 +80,48 @@ func (l *Local) Format(ctx context.Context, device, fsType string, size int64) e
 	return l.SyncDevice(ctx, device)
 }
 
+// tool is a program that changes a device's filesystem.
+type tool struct {
+	command string
+	hangs   bool // it was left behind
+}
+
+// tool runs a program that changes the filesystem on a device: one at a time,
+// and none while an earlier one that could not be killed still may. fault.Pending then.
+func (l *Local) tool(ctx context.Context, device string, c Command) (Result, error) {
+	c.Timeout = toolTimeout
+	l.mu.Lock()
+	if t := l.tools[device]; t != nil {
+		defer l.mu.Unlock()
+		if t.hangs {
+			return Result{}, fault.New(fault.Pending, "%s: an earlier \"%s\" was killed and still hangs, because the storage does not answer: it has to end first", c, t.command)
+		}
+		return Result{}, fault.New(fault.Pending, "%s: \"%s\" still runs on %s", c, t.command, device)
+	}
+	t := &tool{command: c.String()}
+	l.tools[device] = t
+	l.mu.Unlock()
+	end := func() {
+		l.mu.Lock()
+		delete(l.tools, device)
+		l.mu.Unlock()
+	}
+	res, err := l.run.Run(ctx, c)
+	var hang *HangError
+	if !errors.As(err, &hang) {
+		end()
+		return res, err
+	}
+	l.mu.Lock()
+	t.hangs = true
+	l.mu.Unlock()
+	go func() {
+		<-hang.Ended
+		end()
+	}()
+	return res, err
+}
+
 // Check repairs an unmounted filesystem before it is mounted for writing, as
 // the kubelet does: small things automatically; what needs a person is
 // fault.Corrupt. note is for the log. xfs and btrfs check themselves when mounted.
@@ -87,7 +129,7 @@ func (l *Local) Check(ctx context.Context, device, fsType string) (note string, 
 	if fsType != Ext4 {
 		return "", nil
 	}
-	res, err := l.run.Run(ctx, Command{Name: "fsck.ext4", Args: []string{"-a", device}, Timeout: toolTimeout})
+	res, err := l.tool(ctx, device, Command{Name: "fsck.ext4", Args: []string{"-a", device}})
 	var exit *ExitError
 	if !errors.As(err, &exit) {
 		return "", err
@@ -120,7 +162,7 @@ func (l *Local) GrowsOnline(fsType string) bool {
 // GrowUnmounted lets an ext4 that is not mounted fill its device, after the
 // full check that resize2fs insists on.
 func (l *Local) GrowUnmounted(ctx context.Context, device string) error {
-	_, err := l.run.Run(ctx, Command{Name: "e2fsck", Args: []string{"-f", "-p", device}, Timeout: toolTimeout})
+	_, err := l.tool(ctx, device, Command{Name: "e2fsck", Args: []string{"-f", "-p", device}})
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		if exit.Result.ExitCode != 1 { // errors corrected
@@ -129,7 +171,7 @@ func (l *Local) GrowUnmounted(ctx context.Context, device string) error {
 	} else if err != nil {
 		return err
 	}
-	_, err = l.run.Run(ctx, Command{Name: "resize2fs", Args: []string{device}, Timeout: toolTimeout})
+	_, err = l.tool(ctx, device, Command{Name: "resize2fs", Args: []string{device}})
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "grow ext4 on %s: %w", device, err)
 	}
@@ -155,8 +197,7 @@ func (l *Local) GrowFilesystem(ctx context.Context, fsType, device, point string
 		_, err := MinimumSize(fsType)
 		return err
 	}
-	c.Timeout = toolTimeout
-	_, err := l.run.Run(ctx, c)
+	_, err := l.tool(ctx, device, c)
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "grow %s on %s: %w", fsType, device, err)
@@ -187,7 +228,7 @@ func (l *Local) separateBtrfs(ctx context.Context, sysfs, device, uuid string, r
 	if sb.Dirty { // btrfstune would make the log unreadable
 		return fault.New(fault.Unsupported, why+", and cannot get another one before its log was replayed: Linux 6.7 or newer is needed, or a node that does not use its relatives", device, uuid)
 	}
-	_, err = l.run.Run(ctx, Command{Name: "btrfstune", Args: []string{"-m", device}, Timeout: toolTimeout})
+	_, err = l.tool(ctx, device, Command{Name: "btrfstune", Args: []string{"-m", device}})
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "give the btrfs on %s an ID of its own: %w", device, err)

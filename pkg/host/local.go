@@ -30,13 +30,26 @@ type Local struct {
 
 	mu    sync.Mutex
 	marks map[int]Loop // by number, valid for one disk sequence
+	tools map[string]*tool
 }
 
 // NewLocal returns the host on which programs are started with run.
-func NewLocal(run Runner) *Local { return &Local{run: run, thawing: quick, marks: map[int]Loop{}} }
+func NewLocal(run Runner) *Local {
+	return &Local{run: run, thawing: quick, marks: map[int]Loop{}, tools: map[string]*tool{}}
+}
 
-// Abandoned is how many system calls hang now.
-func (l *Local) Abandoned() int { return l.guard.Abandoned() }
+// Abandoned is how many system calls and programs hang now.
+func (l *Local) Abandoned() int {
+	n := l.guard.Abandoned()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, t := range l.tools {
+		if t.hangs {
+			n++
+		}
+	}
+	return n
+}
 
 // Usage of a filesystem.
 type Usage struct {

@@ -59,11 +59,28 @@ func (e *ExitError) Error() string {
 	return fmt.Sprintf("%s: exit status %d: %s", e.Command, e.Result.ExitCode, said)
 }
 
+// HangError is a program that was killed and has not ended: it sleeps in the
+// kernel, where no signal reaches it, until its storage answers.
+type HangError struct {
+	Command Command
+	Ended   <-chan struct{} // closed when it has ended after all
+	err     error
+}
+
+// Error says it.
+func (e *HangError) Error() string {
+	return fmt.Sprintf("%s: %v; it was killed and still hangs: its storage does not answer", e.Command, e.err)
+}
+
+// Unwrap returns the context's error.
+func (e *HangError) Unwrap() error { return e.err }
+
 // Runner runs programs; Exec does, and unit tests bring fakes.
 type Runner interface {
 	// Run runs a program with LC_ALL=C to its end. A non-zero status is an
 	// *ExitError beside the Result; fault.Unsupported: it is not installed;
-	// fault.Deadline: it did not end in time and was killed or abandoned.
+	// fault.Deadline: it did not end in time and was killed. With a *HangError
+	// below, that did not end it, and it was left behind.
 	Run(ctx context.Context, c Command) (Result, error)
 }
 
@@ -81,17 +98,32 @@ func (Exec) Run(ctx context.Context, c Command) (Result, error) {
 	cmd := exec.CommandContext(ctx, c.Name, c.Args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	cmd.Stdin = c.Stdin
-	// It dies with this process, rather than work beside its successor. The
-	// signal comes when the thread that started it ends, so that is kept.
+	// It dies with this process, rather than work beside its successor.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	// A child in uninterruptible sleep survives SIGKILL: leave it behind.
-	cmd.WaitDelay = time.Second
+	cmd.WaitDelay = time.Second // for pipes that a grandchild holds open
 	var stdout, stderr bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	err := cmd.Run()
+	ended := make(chan struct{})
+	var err error
+	go func() {
+		defer close(ended)
+		// The signal of Pdeathsig comes when the thread that started the child ends.
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+		err = cmd.Run()
+	}()
+	select {
+	case <-ended:
+	case <-ctx.Done():
+		patience := time.NewTimer(2 * cmd.WaitDelay)
+		defer patience.Stop()
+		select {
+		case <-ended:
+		case <-patience.C: // nothing else here may be read now
+			return Result{}, fault.New(fault.KindOf(ctx.Err()), "%w", &HangError{Command: c, Ended: ended, err: ctx.Err()})
+		}
+	}
 	res := Result{Stdout: stdout.Bytes(), Stderr: stderr.Bytes()}
 	if cmd.ProcessState != nil {
 		res.ExitCode = cmd.ProcessState.ExitCode()
