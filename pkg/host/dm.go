@@ -6,7 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -303,28 +303,32 @@ func (l *Local) suspend(ctx context.Context, m Mapped, freeze bool, limit time.D
 	if !freeze {
 		r.Flags |= unix.DM_SKIP_LOCKFS_FLAG
 	}
-	var begun atomic.Bool
-	left, ended := make(chan struct{}), make(chan struct{})
-	nobodyWaits := func() bool {
-		select {
-		case <-left:
-			return true
-		default:
-			return false
-		}
-	}
+	var mu sync.Mutex
+	var begun, done, left bool // left: nobody waits any more
+	ended := make(chan struct{})
 	err := l.guard.Do(ctx, "device-mapper: suspend "+m.UUID, limit, func() error {
 		defer close(ended)
-		begun.Store(true)
+		mu.Lock()
+		begun = true
+		mu.Unlock()
 		f, err := l.control(ctx)
 		if err != nil {
 			return err
 		}
 		defer f.Close()
-		if nobodyWaits() {
+		mu.Lock()
+		stop := left
+		mu.Unlock()
+		if stop {
 			return nil
 		}
-		if _, err = dmDo(f, unix.DM_DEV_SUSPEND, r); err == nil && nobodyWaits() {
+		if _, err = dmDo(f, unix.DM_DEV_SUSPEND, r); err != nil {
+			return err
+		}
+		mu.Lock()
+		done, stop = true, left
+		mu.Unlock()
+		if stop {
 			_, err = dmDo(f, unix.DM_DEV_SUSPEND, dmRequest{UUID: m.UUID, Event: dmUdev})
 		}
 		return err
@@ -332,8 +336,13 @@ func (l *Local) suspend(ctx context.Context, m Mapped, freeze bool, limit time.D
 	if err == nil {
 		return nil, nil
 	}
-	close(left)
-	if begun.Load() {
+	mu.Lock()
+	defer mu.Unlock()
+	left = true
+	switch {
+	case done: // in the moment in which the wait ended
+		err = errors.Join(err, l.ResumeMapped(context.WithoutCancel(ctx), m))
+	case begun:
 		select {
 		case <-ended:
 		default:

@@ -207,10 +207,12 @@ func dmIoctl(f *os.File, cmd uintptr, buf []byte) error {
 	}
 }
 
-// dmError gives an error of the kernel its kind. nil stays nil.
+// dmError gives an error of the kernel its kind. One that has a kind keeps
+// it; nil stays nil.
 func dmError(op, name string, err error) error {
+	var kind *fault.Error
 	var errno unix.Errno
-	if !errors.As(err, &errno) {
+	if errors.As(err, &kind) || !errors.As(err, &errno) {
 		return err
 	}
 	switch errno {

@@ -29,9 +29,10 @@ type Suspension struct {
 // child resumes them after limit, or when this process dies (unless a
 // container takes the child along: a starting agent calls ResumeLeft).
 //
-// Such a resume puts inactive tables in force that were loaded by then, of some devices
-// perhaps and not of others. So between SuspendAll and Resume only tables may be loaded
-// that read the same as those in force, like one with an empty layer on top.
+// Inactive tables that the devices have are dropped first. The child's resume puts
+// those in force that were loaded by then, of some devices perhaps and not of
+// others. So between SuspendAll and Resume only tables may be loaded that read the
+// same as those in force, like one with an empty layer on top.
 //
 // fault.InUse: a device is suspended already, or somebody froze its filesystem.
 // fault.NotFound: there is no such device. fault.Unavailable: writing out
@@ -50,6 +51,11 @@ func (l *Local) SuspendAll(ctx context.Context, devices []Mapped, limit time.Dur
 			return nil, fault.New(fault.NotFound, "suspend device %s: there is no such device-mapper device, or it has no table", d.Name)
 		case m.Suspended:
 			return nil, fault.New(fault.InUse, "suspend device %s (%s): it is suspended already: \"dmsetup resume %s\" ends that if nobody works on it", m.Name, m.Path, m.Name)
+		}
+		if m.Inactive {
+			if err := l.ClearMapped(ctx, *m); err != nil {
+				return nil, err
+			}
 		}
 		now = append(now, *m)
 	}

@@ -77,7 +77,7 @@ func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, 
 	o := &dogOrders{
 		socket: uintptr(pair[1]), control: uintptr(control),
 		nanoseconds: min(limit, math.MaxInt32*time.Millisecond).Nanoseconds(),
-		count:       uintptr(len(uuids)), requests: unsafe.Pointer(&requests[0]), work: unsafe.Pointer(&work[0]),
+		count:       uintptr(len(uuids)), requests: unsafe.Pointer(unsafe.SliceData(requests)), work: unsafe.Pointer(&work[0]),
 		name: unsafe.Pointer(&name[0]),
 	}
 	pid, errno := forkWatchdog(o)
