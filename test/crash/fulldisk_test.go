@@ -65,21 +65,24 @@ func TestAFullDisk(t *testing.T) {
 		{name: "defaults on ext4", root: hosttest.Filesystem(t, "ext4", 64<<20)},
 		{name: "minimal on ext4", root: hosttest.Filesystem(t, "ext4", 64<<20), minimal: true},
 	} {
-		for _, layout := range []image.Layout{image.LayoutImage, image.LayoutDirectory} {
-			for _, sc := range scenarios() {
-				if sc.userWrites {
-					continue // the user's own write fails
+		t.Run(st.name, func(t *testing.T) {
+			t.Parallel() // not what is in it: there is one disk
+			for _, layout := range []image.Layout{image.LayoutImage, image.LayoutDirectory} {
+				for _, sc := range scenarios() {
+					if sc.userWrites {
+						continue // the user's own write fails
+					}
+					t.Run(fmt.Sprintf("%s, %s", layout, sc.name), func(t *testing.T) {
+						w := newWorld(t, st, layout)
+						w.story = sc.name
+						s := newStory(w)
+						sc.prepare(s)
+						w.restart()
+						full(t, s, strings.HasPrefix(sc.name, "delete"))
+					})
 				}
-				t.Run(fmt.Sprintf("%s, %s, %s", st.name, layout, sc.name), func(t *testing.T) {
-					w := newWorld(t, st, layout)
-					w.story = sc.name
-					s := newStory(w)
-					sc.prepare(s)
-					w.restart()
-					full(t, s, strings.HasPrefix(sc.name, "delete"))
-				})
 			}
-		}
+		})
 	}
 }
 

@@ -19,6 +19,7 @@ func TestTenGenerations(t *testing.T) {
 		for _, layout := range []image.Layout{image.LayoutImage, image.LayoutDirectory} {
 			for round := range rounds {
 				t.Run(fmt.Sprintf("%s, %s, order %d", st.name, layout, round), func(t *testing.T) {
+					t.Parallel()
 					w := newWorld(t, st, layout)
 					s := newStory(w)
 					all := []image.Image{s.volume("g0", "a", 1)}

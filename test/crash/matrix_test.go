@@ -3,6 +3,7 @@ package crash_test
 import (
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -12,18 +13,24 @@ import (
 // TestEveryOperationAtEveryEngineCall lets every operation meet with every
 // mishap at every engine call that it makes. How many there are is found out.
 func TestEveryOperationAtEveryEngineCall(t *testing.T) {
-	total, calls := 0, 0
+	total := 0
+	var points atomic.Int64
 	for _, st := range storages(t) {
-		for _, layout := range []image.Layout{image.LayoutImage, image.LayoutDirectory} {
-			for _, sc := range scenarios() {
-				for _, m := range []mode{crashBefore, crashAfter, lostReply, outage, refused, misread} {
-					n := matrix(t, st, layout, sc, m)
-					total, calls = total+1, calls+n
+		t.Run(st.name, func(t *testing.T) {
+			for _, layout := range []image.Layout{image.LayoutImage, image.LayoutDirectory} {
+				for _, sc := range scenarios() {
+					for _, m := range []mode{crashBefore, crashAfter, lostReply, outage, refused, misread} {
+						total++
+						t.Run(fmt.Sprintf("%s, %s, %s", layout, sc.name, m), func(t *testing.T) {
+							t.Parallel()
+							points.Add(int64(matrix(t, st, layout, sc, m)))
+						})
+					}
 				}
 			}
-		}
+		})
 	}
-	t.Logf("%d operations and mishaps, %d points", total, calls)
+	t.Logf("%d operations and mishaps, %d points", total, points.Load())
 }
 
 // step between the points that the quick form tries: prime, so that every kind
@@ -36,27 +43,23 @@ func step() int {
 }
 
 // matrix tries one operation with one mishap, and returns how many points it tried.
-func matrix(t *testing.T, st storage, layout image.Layout, sc scenario, m mode) int {
-	n := 0
-	t.Run(fmt.Sprintf("%s, %s, %s, %s", st.name, layout, sc.name, m), func(t *testing.T) {
-		for at := 1 + n%step(); ; at += step() {
-			w := newWorld(t, st, layout)
-			w.story = fmt.Sprintf("%s: %s", sc.name, point(m, at))
-			s := newStory(w)
-			sc.prepare(s)
-			w.restart() // begin from what is on the disk
-			hit := mishap(s, m, at)
-			w.end()
-			if hit == "" {
-				if n == 0 && m != misread && m != refused {
-					t.Error("the operation makes no engine call")
-				}
-				return
+func matrix(t *testing.T, st storage, layout image.Layout, sc scenario, m mode) (n int) {
+	for at := 1; ; at += step() {
+		w := newWorld(t, st, layout)
+		w.story = fmt.Sprintf("%s: %s", sc.name, point(m, at))
+		s := newStory(w)
+		sc.prepare(s)
+		w.restart() // begin from what is on the disk
+		hit := mishap(s, m, at)
+		w.end()
+		if hit == "" {
+			if n == 0 && m != misread && m != refused {
+				t.Error("the operation makes no engine call")
 			}
-			n++
+			return n
 		}
-	})
-	return n
+		n++
+	}
 }
 
 // mishap plays a story with a mishap at a call. It returns what was hit; "": the

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -31,19 +32,26 @@ func TestRandomOperationsAgainstAModel(t *testing.T) {
 		seed = n
 	}
 	st := storages(t)
-	perWorld := 250
-	for i := 0; i*perWorld < count; i++ {
-		layout := image.LayoutImage
-		if i%4 == 3 {
-			layout = image.LayoutDirectory
+	const perWorld = 250
+	var steps atomic.Int64
+	t.Run("worlds", func(t *testing.T) {
+		for i := 0; i*perWorld < count; i++ {
+			layout := image.LayoutImage
+			if i%4 == 3 {
+				layout = image.LayoutDirectory
+			}
+			t.Run(strconv.Itoa(i), func(t *testing.T) {
+				t.Parallel()
+				m := newModel(t, st[i%len(st)], layout, seed, uint64(i))
+				for range perWorld {
+					m.step()
+					steps.Add(1)
+				}
+				m.end()
+			})
 		}
-		m := newModel(t, st[i%len(st)], layout, seed+uint64(i))
-		for range perWorld {
-			m.step()
-		}
-		m.end()
-	}
-	t.Logf("%d operations, QUARRY_SEED=%d", count, seed)
+	})
+	t.Logf("%d operations, QUARRY_SEED=%d", steps.Load(), seed)
 }
 
 // modelImage is what the model knows of an acknowledged image.
@@ -67,10 +75,10 @@ type model struct {
 	log     []string
 }
 
-func newModel(t *testing.T, st storage, layout image.Layout, seed uint64) *model {
-	m := &model{world: newWorld(t, st, layout), rnd: rand.New(rand.NewPCG(seed, 0)), images: map[image.Handle]*modelImage{},
+func newModel(t *testing.T, st storage, layout image.Layout, seed, number uint64) *model {
+	m := &model{world: newWorld(t, st, layout), rnd: rand.New(rand.NewPCG(seed, number)), images: map[image.Handle]*modelImage{},
 		groups: map[image.Handle][]image.Handle{}, unsure: map[string][]uint64{}, perhaps: map[image.Handle]bool{}}
-	m.story = fmt.Sprintf("QUARRY_SEED=%d (%s, %s)", seed, st.name, layout)
+	m.story = fmt.Sprintf("QUARRY_SEED=%d, world %d (%s, %s)", seed, number, st.name, layout)
 	return m
 }
 

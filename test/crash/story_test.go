@@ -275,7 +275,9 @@ func (s *story) again(first, snap image.Image) error {
 	if second.Handle == first.Handle || second.Slab == first.Slab {
 		return fault.New(fault.Internal, "the second life %s is the first", second.Handle)
 	}
-	w.write(second, 3)
+	if err := w.put(second, 3); err != nil {
+		return err // not a failure by itself: a newer manager may have deleted it meanwhile
+	}
 	s.seeds[key(second)] = []uint64{3}
 	s.ack(second)
 	img, err := w.snap("s", second)

@@ -1,11 +1,14 @@
 package crash_test
 
 import (
+	"errors"
 	"fmt"
 	"maps"
 	"os"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -18,43 +21,53 @@ const (
 	repeats takeover = "the newer repeats the request"
 	deletes takeover = "the newer deletes everything"
 	sleeps  takeover = "the newer does nothing"
-	opening takeover = "the older resumes while the newer lists the tags"
+	opening takeover = "the older resumes while the newer lists the images"
+	later   takeover = "the older resumes while the newer lists the attachments"
 )
+
+// listing is the opening listing at which the older one is resumed: of which prefix.
+func (what takeover) listing() string {
+	return map[takeover]string{opening: "i.", later: "a."}[what]
+}
 
 // TestAnOlderManagerThatResumes pauses a manager before and after each engine
 // call of each operation, lets a newer one take over, and resumes it. It must
 // not act: the newer one and a third one must agree on what there is.
 func TestAnOlderManagerThatResumes(t *testing.T) {
-	n := 0
+	total := 0
+	var points atomic.Int64
 	for _, st := range storages(t) {
-		for _, sc := range scenarios() {
-			for _, after := range []bool{false, true} {
-				for _, what := range []takeover{repeats, deletes, sleeps, opening} {
-					t.Run(fmt.Sprintf("%s, %s, after %t, %s", st.name, sc.name, after, what), func(t *testing.T) {
-						first := 1
-						if !long() {
-							first = 1 + n%step()
-						}
-						for at := first; overtake(t, st, sc, at, after, what); at += step() {
-							n++
-						}
-					})
+		t.Run(st.name, func(t *testing.T) {
+			for _, sc := range scenarios() {
+				for _, after := range []bool{false, true} {
+					for _, what := range []takeover{repeats, deletes, sleeps, opening, later} {
+						first := 1 + total%step() // the quick form begins elsewhere each time
+						total++
+						t.Run(fmt.Sprintf("%s, after %t, %s", sc.name, after, what), func(t *testing.T) {
+							t.Parallel()
+							for at := first; overtake(t, st, sc, at, after, what); at += step() {
+								points.Add(1)
+							}
+						})
+					}
 				}
 			}
-		}
+		})
 	}
-	t.Logf("%d points", n)
+	t.Logf("%d operations and takeovers, %d points", total, points.Load())
 }
 
-// pause stops a process at one of its calls.
+// pause stops a process at one of its calls. What it was doing beside that call
+// stops as well: calls under way end, others wait.
 type pause struct {
 	mu      sync.Mutex
 	n, at   int
 	after   bool
 	where   string
+	running int      // calls under way
 	begun   []string // calls that began after the process was resumed
 	resumed bool
-	reached chan struct{}
+	reached chan struct{} // closed when the process stands still
 	resume  chan struct{}
 }
 
@@ -62,18 +75,38 @@ func (p *pause) hook(verb, object string, after bool) {
 	p.mu.Lock()
 	if !after {
 		p.n++
+		if p.where == "" && p.n == p.at && !p.after {
+			p.stop(verb + " " + object)
+		}
+		for p.where != "" && !p.resumed {
+			p.mu.Unlock()
+			<-p.resume
+			p.mu.Lock()
+		}
+		p.running++
 		if p.resumed {
 			p.begun = append(p.begun, verb+" "+object)
 		}
+		p.mu.Unlock()
+		return
 	}
-	stop := p.where == "" && p.n == p.at && after == p.after
-	if stop {
-		p.where = verb + " " + object
-	}
-	p.mu.Unlock()
-	if stop {
+	p.running--
+	if p.where == "" && p.n >= p.at && p.after {
+		p.stop(verb + " " + object)
+	} else if p.where != "" && p.running == 0 && !p.resumed {
 		close(p.reached)
+	}
+	stands := p.where != "" && !p.resumed
+	p.mu.Unlock()
+	if stands {
 		<-p.resume
+	}
+}
+
+// stop notes where the process is paused. The caller holds p.mu.
+func (p *pause) stop(where string) {
+	if p.where = where; p.running == 0 {
+		close(p.reached)
 	}
 }
 
@@ -84,6 +117,19 @@ func (p *pause) goOn() {
 		p.resumed = true
 		close(p.resume)
 	}
+}
+
+func (p *pause) wasResumed() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.resumed
+}
+
+// since is the calls that began after the process was resumed.
+func (p *pause) since() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Clone(p.begun)
 }
 
 func (s *story) in(w *world) *story {
@@ -107,7 +153,11 @@ func overtake(t *testing.T, st storage, sc scenario, at int, after bool, what ta
 	seeds := maps.Clone(s.seeds)
 	s.seeds = maps.Clone(seeds) // the older one's own
 	ended := make(chan error, 1)
-	go func() { ended <- s.run(s) }()
+	go func() {
+		err := errors.New("the older one's story failed the test")
+		defer func() { ended <- err }() // also when a check in it ends this goroutine
+		err = s.run(s)
+	}()
 	select {
 	case <-p.reached:
 	case err := <-ended:
@@ -122,18 +172,21 @@ func overtake(t *testing.T, st storage, sc scenario, at int, after bool, what ta
 	before := s.in(&newer)
 	before.seeds = seeds
 	var err error
-	if what == opening {
+	if prefix := what.listing(); prefix != "" {
 		newer.torn = true
 		c := &control{}
 		var once sync.Once
 		c.hook = func(verb, object string, after bool) {
-			if verb == "ListTags" && object == "" && !after {
+			if verb == "ListTags" && object == prefix && !after {
 				once.Do(func() { p.goOn(); err = <-ended })
 			}
 		}
 		np, lerr := newer.tryLaunch(c)
 		newer.must(lerr)
 		newer.process = np
+		if !p.wasResumed() {
+			newer.fatalf("the newer one opened without listing %q: the older one was never resumed meanwhile", prefix)
+		}
 	} else {
 		newer.process = newer.launch()
 	}
@@ -156,18 +209,21 @@ func overtake(t *testing.T, st storage, sc scenario, at int, after bool, what ta
 	}
 	list := newer.list(newer.process)
 	p.goOn()
-	if what != opening {
+	if what.listing() == "" {
 		err = <-ended
 	}
-	deleted := 0
-	for _, call := range p.begun {
+	if err != nil && final(err) && what != deletes {
+		newer.fatalf("the older one, which cannot know, answers with a final error: %v", err)
+	}
+	deleted, begun := 0, p.since()
+	for _, call := range begun {
 		// Domain b may not be overtaken yet, and the tags of earlier epochs there may go.
 		if strings.HasPrefix(call, "Delete") && !strings.HasPrefix(call, "DeleteTag e.") {
 			deleted++
 		}
 	}
 	if deleted > 1 {
-		newer.fatalf("the older one went on to delete: %v", p.begun)
+		newer.fatalf("the older one went on to delete: %v", begun)
 	}
 	if err == nil && what != deletes { // it acknowledged: then the newer one must have seen it
 		before.acked, before.gone = maps.Clone(s.acked), maps.Clone(s.gone)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -170,22 +171,14 @@ type world struct {
 	process
 }
 
-var worlds struct {
-	mu sync.Mutex
-	n  int
-}
-
 func newWorld(t testing.TB, s storage, layout image.Layout) *world {
-	worlds.mu.Lock()
-	worlds.n++
-	n := worlds.n
-	worlds.mu.Unlock()
 	w := &world{t: t, ctx: t.Context(), kind: s, layout: layout, dirs: map[string]string{},
 		clock: &clock{now: time.UnixMilli(1_700_000_000_000)},
 		mover: &resumes{Mover: mover.New(mover.Options{Workers: 2, Buffer: 32 * kib, CheckpointEvery: 64 * kib})}}
 	for _, d := range []string{"a", "b"} {
-		w.dirs[d] = filepath.Join(s.root, fmt.Sprintf("w%d-%s", n, d))
-		w.must(os.MkdirAll(w.dirs[d], 0o755))
+		path, err := os.MkdirTemp(s.root, "world-"+d+"-")
+		w.must(err)
+		w.dirs[d] = path
 	}
 	w.start()
 	t.Cleanup(func() { _ = w.Close() }) // also when the test fails
@@ -291,20 +284,28 @@ func (w *world) path(p process, img image.Image) string {
 // write replaces an image's content.
 func (w *world) write(img image.Image, seed uint64) {
 	w.t.Helper()
+	w.must(w.put(img, seed))
+}
+
+func (w *world) put(img image.Image, seed uint64) error {
 	path := w.path(w.process, img)
 	if img.Layout == image.LayoutDirectory {
-		w.must(os.MkdirAll(filepath.Join(path, "folder"), 0o755))
-		w.must(os.WriteFile(filepath.Join(path, "first"), content(seed, 0), 0o640))
-		w.must(os.WriteFile(filepath.Join(path, "folder", "second"), content(seed, 1), 0o600))
-		return
+		if err := os.Mkdir(filepath.Join(path, "folder"), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
+			return err
+		}
+		return errors.Join(os.WriteFile(filepath.Join(path, "first"), content(seed, 0), 0o640),
+			os.WriteFile(filepath.Join(path, "folder", "second"), content(seed, 1), 0o600))
 	}
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	w.must(err)
-	for i, off := range offsets {
-		_, err := f.WriteAt(content(seed, i), off)
-		w.must(err)
+	if err != nil {
+		return err
 	}
-	w.must(f.Close())
+	for i, off := range offsets {
+		if _, err := f.WriteAt(content(seed, i), off); err != nil {
+			return errors.Join(err, f.Close())
+		}
+	}
+	return f.Close()
 }
 
 // holds says how an image differs from a seed's content.
@@ -325,23 +326,57 @@ func (w *world) holds(img image.Image, seed uint64) error {
 		}
 		return nil
 	}
-	got, err := os.ReadFile(path)
+	buffer := buffers.Get().(*[]byte)
+	defer buffers.Put(buffer)
+	got, err := readInto(buffer, path)
 	if err != nil {
 		return err
 	}
 	if int64(len(got)) < img.Size {
 		return fmt.Errorf("%s has %d bytes, recorded are %d", img.Handle, len(got), img.Size)
 	}
-	want := make([]byte, len(got))
+	end := 0
+	same := true
 	if seed != 0 {
 		for i, off := range offsets {
-			copy(want[off:], content(seed, i))
+			same = same && zero(got[end:off]) && bytes.Equal(got[off:off+pieceSize], content(seed, i))
+			end = int(off) + pieceSize
 		}
 	}
-	if !bytes.Equal(got, want) {
+	if !same || !zero(got[end:]) {
 		return fmt.Errorf("%s does not hold content %d", img.Handle, seed)
 	}
 	return nil
+}
+
+// buffers for reading images: checks read every image again and again, and new
+// memory for each would cost more than the reading.
+var buffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// readInto is os.ReadFile into a buffer that is used again.
+func readInto(buffer *[]byte, path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(*buffer)) < st.Size() {
+		*buffer = make([]byte, st.Size())
+	}
+	b := (*buffer)[:st.Size()]
+	if _, err := io.ReadFull(f, b); err != nil {
+		return nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return b, nil
+}
+
+// zero says whether b holds only zero bytes.
+func zero(b []byte) bool {
+	return len(b) == 0 || b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 func (w *world) access() []image.Access {
