@@ -1,0 +1,21 @@
+package lvm
+
+import (
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/engine/enginetest"
+)
+
+func TestConformanceThick(t *testing.T) {
+	enginetest.Run(t, enginetest.Harness{Expect: []engine.Capability{engine.CapMeter}, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
+		return newGroup(t, 600).opener()
+	}})
+}
+
+func TestConformanceThin(t *testing.T) {
+	expect := []engine.Capability{engine.CapSnapshot, engine.CapClone, engine.CapMeter}
+	enginetest.Run(t, enginetest.Harness{Expect: expect, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
+		return newGroup(t, 600).withPool(t, "300m", "4m").opener()
+	}})
+}

@@ -1,0 +1,211 @@
+package lvm
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host/lvm"
+)
+
+// openPool makes the thin pool active, so that it can be measured.
+func (e *lvmEngine) openPool(ctx context.Context) error {
+	pool, err := e.group.Pool(ctx, e.pool)
+	if errors.Is(err, fault.NotFound) {
+		return fault.New(fault.Invalid, "parameter \"thinPool\": %w: make it (lvcreate --type thin-pool), or leave the parameter out", err)
+	} else if err != nil {
+		return err
+	}
+	if !pool.Zero {
+		// Bytes around the first write to a chunk would be another volume's.
+		return fault.New(fault.Invalid, "thin pool %s/%s does not zero new space, so that a volume would show another's bytes: lvchange --zero y %s/%s", e.name, e.pool, e.name, e.pool)
+	}
+	if err := e.group.Activate(ctx, e.pool); err != nil {
+		return err
+	}
+	e.desc.ZeroedSpace = true
+	if pool.ErrorWhenFull {
+		e.note("thin pool %s: when it is full, writes fail at once", e.pool)
+	} else {
+		e.note("thin pool %s: when it is full, writes wait for a minute and then fail (lvchange --errorwhenfull)", e.pool)
+	}
+	e.note("thin pool %s: at %d%% of data or metadata no new slab is made; Quarry does not extend the pool", e.pool, lvm.Full)
+	if pool.Health != "" {
+		e.note("thin pool %s is not healthy: %s (lvs -o lv_health_status, lvconvert --repair)", e.pool, pool.Health)
+	}
+	return nil
+}
+
+// Supports implements engine.Narrower.
+func (e *lvmEngine) Supports(c engine.Capability) bool {
+	switch c {
+	case engine.CapSnapshot, engine.CapClone:
+		return e.pool != ""
+	case engine.CapMeter:
+		return true
+	}
+	return false
+}
+
+// SnapshotSlab implements engine.Snapshotter: a thin snapshot, which has the
+// same standing as its origin. LVM suspends an active origin for it. Declined
+// where that cannot be: a filesystem right on the origin's device is frozen.
+func (e *lvmEngine) SnapshotSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
+	if err := engine.CheckName("source slab ID", source); err != nil {
+		return err
+	}
+	size, err := e.check(spec)
+	if err != nil {
+		return err
+	}
+	origin, lv, half := volume(slabs, source), volume(slabs, spec.ID), volume(partial, spec.ID)
+	found, err := e.find(ctx, origin, lv, half)
+	if err != nil {
+		return err
+	}
+	if same, err := e.compare(found, spec); same || err != nil {
+		return err
+	}
+	from, there := found[origin]
+	switch {
+	case !there:
+		return fault.New(fault.NotFound, "source slab %q does not exist", source)
+	case from.Pool != e.pool || from.Size > size:
+		return engine.ErrDeclined
+	}
+	if err := e.roomForSlab(ctx); err != nil {
+		return err
+	}
+	if _, there := found[half]; there {
+		if err := e.changed(ctx, e.group.Remove(ctx, half)); err != nil && !errors.Is(err, fault.NotFound) {
+			return err
+		}
+	}
+	if from.Size == size {
+		err = e.changed(ctx, e.group.Snapshot(ctx, origin, lv, slabTag+spec.ID))
+	} else {
+		err = e.changed(ctx, e.snapshotLarger(ctx, origin, half, lv, size, slabTag+spec.ID))
+	}
+	switch {
+	case errors.Is(err, fault.Exists):
+		return e.taken(ctx, spec)
+	case errors.Is(err, fault.InUse):
+		return engine.ErrDeclined
+	case errors.Is(err, fault.NotFound):
+		return fault.New(fault.NotFound, "source slab %q does not exist", source)
+	}
+	return err
+}
+
+// snapshotLarger makes a snapshot under another name, and gives it its own when
+// it has its size.
+func (e *lvmEngine) snapshotLarger(ctx context.Context, origin, half, lv string, size int64, tag string) error {
+	if err := e.group.Snapshot(ctx, origin, half, tag); err != nil {
+		return err
+	}
+	err := e.group.Extend(ctx, half, size)
+	if err == nil {
+		err = e.group.Rename(ctx, half, lv)
+	}
+	if err != nil {
+		if more := e.group.Remove(context.WithoutCancel(ctx), half); more != nil && !errors.Is(more, fault.NotFound) {
+			return fault.New(fault.Unavailable, "%w; logical volume %s is left: %w", err, half, more)
+		}
+	}
+	return err
+}
+
+// CloneSlab implements engine.Cloner.
+func (e *lvmEngine) CloneSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
+	return e.SnapshotSlab(ctx, source, spec)
+}
+
+// DomainUsage implements engine.Meter: the group's extents, or the pool's data.
+// Nothing is available in a pool that takes no new slabs.
+func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
+	if e.pool == "" {
+		info, err := e.group.Info(ctx)
+		if err != nil {
+			return engine.Usage{}, err
+		}
+		e.room.Store(info.MetadataFree)
+		return engine.Usage{Total: info.Size, Used: info.Size - info.Free, Available: info.Free}, nil
+	}
+	pool, err := e.group.Pool(ctx, e.pool)
+	if err == nil && pool.DataPercent < 0 { // somebody deactivated it
+		if err = e.group.Activate(ctx, e.pool); err == nil {
+			pool, err = e.group.Pool(ctx, e.pool)
+		}
+	}
+	if errors.Is(err, fault.NotFound) || err == nil && pool.DataPercent < 0 {
+		return engine.Usage{}, fault.New(fault.Unavailable, "thin pool %s/%s is gone, or cannot be activated: %w", e.name, e.pool, errors.Join(err, errors.New("it has no usage")))
+	} else if err != nil {
+		return engine.Usage{}, err
+	}
+	u := engine.Usage{Total: pool.Size, Used: int64(float64(pool.Size) / 100 * pool.DataPercent)}
+	if max(pool.DataPercent, pool.MetadataPercent) < lvm.Full {
+		u.Available = u.Total - u.Used
+	}
+	return u, nil
+}
+
+// measuredFor is how long one report answers SlabUsage: the Image Manager asks
+// for one slab after the other.
+const measuredFor = time.Second
+
+// SlabUsage implements engine.Meter, at most a second late. A thick slab has all
+// of its space. Of a thin one only the kernel knows, while it is attached: else
+// it is declined. It can still take what its pool still has.
+func (e *lvmEngine) SlabUsage(ctx context.Context, id string) (engine.Usage, error) {
+	if err := engine.CheckName("slab ID", id); err != nil {
+		return engine.Usage{}, err
+	}
+	all, pool, err := e.measure(ctx)
+	if err != nil {
+		return engine.Usage{}, err
+	}
+	v, there := all[id]
+	switch {
+	case !there:
+		return engine.Usage{}, fault.New(fault.NotFound, "slab %q does not exist", id)
+	case v.Pool == "":
+		return engine.Usage{Total: v.Size, Used: v.Size}, nil
+	case v.Used < 0:
+		return engine.Usage{}, engine.ErrDeclined
+	}
+	u := engine.Usage{Total: v.Size, Used: v.Used, Available: v.Size - v.Used}
+	if pool.Used >= 0 {
+		u.Available = max(0, min(u.Available, pool.Size-pool.Used))
+	}
+	return u, nil
+}
+
+// measure lists the slabs by ID, and the pool.
+func (e *lvmEngine) measure(ctx context.Context) (map[string]lvm.Volume, lvm.Volume, error) {
+	e.measuring.Lock()
+	defer e.measuring.Unlock()
+	at, now := e.changes.Load(), time.Now()
+	if e.measured != nil && e.at == at && now.Sub(e.as) < measuredFor {
+		return e.measured, e.measuredPool, nil
+	}
+	whole := []string{marker}
+	if e.pool != "" {
+		whole = append(whole, e.pool)
+	}
+	volumes, err := e.list(ctx, lvm.Names(whole, []string{slabs + ".", slabs + "-"}), e.pool != "")
+	if err != nil {
+		return nil, lvm.Volume{}, err
+	}
+	all, pool := map[string]lvm.Volume{}, lvm.Volume{Used: -1}
+	for _, v := range volumes {
+		if v.Name == e.pool {
+			pool = v
+		} else if id := decodeSlab(v); id != "" {
+			all[id] = v
+		}
+	}
+	e.measured, e.measuredPool, e.at, e.as = all, pool, at, now
+	return all, pool, nil
+}

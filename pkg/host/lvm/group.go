@@ -1,0 +1,214 @@
+// Package lvm runs the programs of lvm2 on one volume group, reads their JSON
+// reports and finds the devices of logical volumes in the kernel.
+//
+// Every verb is one program. The metadata of a volume group is changed by one
+// commit under its lock, so each of them has happened or has not.
+package lvm
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+)
+
+// Options of a Group.
+type Options struct {
+	// Devices are the paths of the group's physical volumes: LVM then looks at
+	// no other device. Empty: LVM looks as the host's configuration says.
+	Devices []string
+	// Discard lets LVM discard what a removed volume had, on the physical volumes.
+	Discard bool
+}
+
+// Group is a volume group. Its methods may be called by many goroutines at
+// once, also in several processes: LVM locks.
+//
+// Errors have these kinds: Exists, NotFound and InUse speak of a logical
+// volume. Exhausted: no free extents, metadata area or thin pool full.
+// OutOfRange: a size that the group can never have. Unavailable: the group, or
+// one of its disks, is not there, or the cause is not known. Permission: the
+// group belongs to another host, or is read-only. Unsupported: no lvm2 here.
+type Group struct {
+	run     host.Runner
+	kernel  *host.Local
+	name    string
+	options Options
+}
+
+// New returns the volume group of a name, which need not exist.
+func New(run host.Runner, name string, o Options) *Group {
+	return &Group{run: run, kernel: host.NewLocal(run), name: name, options: o}
+}
+
+// Full is how full a thin pool may be, in percent of its data or of its
+// metadata, while LVM still makes volumes in it.
+const Full = 95
+
+// config is laid over the host's lvm.conf.
+func (g *Group) config() string {
+	return "backup{backup=0 archive=0} " + // a copy of all metadata for each tag; vgcfgbackup makes one when asked
+		// Nodes are the kernel's /dev/dm-*: nothing waits for udev, which may run
+		// in another container. Monitoring would start a daemon as our child.
+		fmt.Sprintf("activation{udev_sync=0 udev_rules=0 monitoring=0 thin_pool_autoextend_threshold=%d} ", Full) +
+		fmt.Sprintf("devices{scan_lvs=0 issue_discards=%d} ", bit(g.options.Discard)) + // volumes hold users' data, not our groups
+		"global{notify_dbus=0}"
+}
+
+func bit(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// access says what a program may do beside reading metadata.
+type access int
+
+const (
+	reads   access = iota // metadata only, never device-mapper
+	writes                // changes metadata only, never device-mapper
+	kernel                // asks device-mapper
+	devices               // changes metadata and devices
+)
+
+const timeout = 2 * time.Minute
+
+func (g *Group) lvm(ctx context.Context, a access, program string, args ...string) (host.Result, error) {
+	if err := ctx.Err(); err != nil {
+		return host.Result{}, fault.Wrap(fault.KindOf(err), err)
+	}
+	all := []string{program, "--config", g.config()}
+	if len(g.options.Devices) > 0 {
+		all = append(all, "--devices", strings.Join(g.options.Devices, ","))
+	}
+	if a == reads || a == writes {
+		all = append(all, "--driverloaded", "n")
+	}
+	if a == writes || a == devices {
+		// Killed half-way it could leave a device suspended, and its users waiting.
+		ctx = context.WithoutCancel(ctx)
+	}
+	res, err := g.run.Run(ctx, host.Command{Name: "lvm", Args: append(all, args...), Timeout: timeout})
+	return res, g.explain(err)
+}
+
+// CreateRecord makes a volume that takes no space: one extent of target
+// "error", never active, that lives for its LVM tags. fault.Exists: the name is
+// taken, by whatever.
+func (g *Group) CreateRecord(ctx context.Context, lv string, tags ...string) error {
+	_, err := g.lvm(ctx, writes, "lvcreate", g.fresh(lv, tags, "--setautoactivation", "n", "--type", "error", "-l", "1", g.name)...)
+	return err
+}
+
+// RemoveRecord removes a volume of CreateRecord. fault.NotFound: no such volume.
+func (g *Group) RemoveRecord(ctx context.Context, lv string) error {
+	return g.remove(ctx, writes, lv)
+}
+
+// CreateLinear makes a volume of size bytes, a multiple of the extent size,
+// inactive. What the disks held there is not wiped.
+func (g *Group) CreateLinear(ctx context.Context, lv string, size int64, tags ...string) error {
+	_, err := g.lvm(ctx, writes, "lvcreate", g.fresh(lv, tags, "--setautoactivation", "n", "--type", "linear", "-Wn", "-Zn", "-L", inBytes(size), g.name)...)
+	return err
+}
+
+// CreateThin makes a volume of size bytes in a thin pool, inactive.
+// fault.NotFound: no such pool.
+func (g *Group) CreateThin(ctx context.Context, pool, lv string, size int64, tags ...string) error {
+	_, err := g.lvm(ctx, devices, "lvcreate", g.fresh(lv, tags, "--type", "thin", "-V", inBytes(size), "--thinpool", pool, g.name)...)
+	return err
+}
+
+// Snapshot makes a snapshot of a thin volume, inactive, of the same size. An
+// active origin is suspended for it. fault.NotFound: no such origin.
+func (g *Group) Snapshot(ctx context.Context, origin, lv string, tags ...string) error {
+	_, err := g.lvm(ctx, devices, "lvcreate", g.fresh(lv, tags, "-s", g.path(origin))...)
+	return err
+}
+
+// fresh are the arguments that all new volumes have: nothing makes them active
+// but Activate.
+func (g *Group) fresh(lv string, tags []string, args ...string) []string {
+	out := []string{"-y", "-an", "--setactivationskip", "y", "-n", lv}
+	for _, tag := range tags {
+		out = append(out, "--addtag", tag)
+	}
+	return append(out, args...)
+}
+
+// Extend grows a volume, active or not, to at least size bytes, a multiple of the
+// extent size. One that has as much is left alone.
+func (g *Group) Extend(ctx context.Context, lv string, size int64) error {
+	_, err := g.lvm(ctx, devices, "lvextend", "-L", inBytes(size), g.path(lv))
+	if errors.Is(err, errLargeEnough) {
+		return nil
+	}
+	return err
+}
+
+// Rename gives a volume another name. fault.Exists: that is taken.
+func (g *Group) Rename(ctx context.Context, from, to string) error {
+	_, err := g.lvm(ctx, devices, "lvrename", "-y", g.name, from, to)
+	return err
+}
+
+// Remove removes volumes and their devices. fault.NotFound: none of them was
+// there. fault.InUse: something has one open.
+func (g *Group) Remove(ctx context.Context, lvs ...string) error {
+	return g.remove(ctx, g.either(ctx), lvs...)
+}
+
+func (g *Group) remove(ctx context.Context, a access, lvs ...string) error {
+	// LVM would remove from a group with a disk missing, and for that expel the
+	// disk for good, even if it comes back.
+	args := []string{"-y", "-S", "vg_missing_pv_count=0"}
+	for _, lv := range lvs {
+		args = append(args, g.path(lv))
+	}
+	res, err := g.lvm(ctx, a, "lvremove", args...)
+	removed := strings.Contains(string(res.Stdout), "successfully removed")
+	switch {
+	case err == nil && !removed:
+		return g.partial()
+	case errors.Is(err, fault.NotFound) && removed:
+		return nil
+	}
+	return err
+}
+
+// either is metadata only where the kernel has no device-mapper, and nothing can
+// be active.
+func (g *Group) either(ctx context.Context) access {
+	if _, err := g.mapped(ctx); errors.Is(err, fault.Unsupported) {
+		return writes
+	}
+	return devices
+}
+
+// Activate makes the device of a volume, and resumes one that was left suspended.
+func (g *Group) Activate(ctx context.Context, lv string) error {
+	_, err := g.lvm(ctx, devices, "lvchange", "-ay", "-K", g.path(lv))
+	return err
+}
+
+// Deactivate removes the device of a volume. fault.InUse: something has it open.
+func (g *Group) Deactivate(ctx context.Context, lv string) error {
+	_, err := g.lvm(ctx, devices, "lvchange", "-an", g.path(lv))
+	return err
+}
+
+// Refresh brings every active device of the group to what the metadata says:
+// what a killed program left suspended runs again.
+func (g *Group) Refresh(ctx context.Context) error {
+	_, err := g.lvm(ctx, devices, "vgchange", "--refresh", g.name)
+	return err
+}
+
+func (g *Group) path(lv string) string { return g.name + "/" + lv }
+
+func inBytes(n int64) string { return fmt.Sprintf("%db", n) }
