@@ -97,14 +97,14 @@ func take(path string) (unlock func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		f.Close()
-		if errors.Is(err, unix.EWOULDBLOCK) {
-			return nil, nil
-		}
-		return nil, fmt.Errorf("flock %s: %w", f.Name(), err)
+	err = unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if errors.Is(err, unix.EWOULDBLOCK) {
+		return nil, f.Close()
 	}
-	return func() { f.Close() }, nil
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("flock %s: %w", f.Name(), err), f.Close())
+	}
+	return func() { _ = f.Close() }, nil // the lock goes with it, whatever it says
 }
 
 // wipe makes a disk that nobody uses read as zeros: a virtual disk is a sparse file
