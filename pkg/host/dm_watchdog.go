@@ -3,8 +3,10 @@ package host
 import (
 	"math"
 	"os"
-	"runtime"
+	"reflect"
 	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 	"time"
 	"unsafe"
@@ -50,20 +52,35 @@ type dogOrders struct {
 	count           uintptr
 	requests, work  unsafe.Pointer // count requests to resume, and room for one
 	name            unsafe.Pointer
+	area, areaSize  uintptr // memory that holds all of this
+	text, textSize  uintptr // this program's code
 }
 
 // startWatchdog makes a child that resumes the devices, in this order, after
 // limit or when this process dies. It is ready when this returns.
 func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, error) {
-	var requests []byte
-	for _, uuid := range uuids {
+	const nameRoom = 16
+	area, err := unix.Mmap(-1, 0, int(unsafe.Sizeof(dogOrders{}))+nameRoom+dmHeader*(1+len(uuids)), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return nil, fault.New(fault.Exhausted, "watchdog: %w", err)
+	}
+	defer func() { _ = unix.Munmap(area) }() // the child has a copy
+	o := (*dogOrders)(unsafe.Pointer(&area[0]))
+	name := area[unsafe.Sizeof(*o):]
+	copy(name[:nameRoom], "quarry-watchdog\x00")
+	work := name[nameRoom:]
+	requests := work[dmHeader:]
+	for i, uuid := range uuids {
 		b, err := dmRequest{UUID: uuid, Event: dmUdev}.encode(dmHeader)
 		if err != nil {
 			return nil, err
 		}
-		requests = append(requests, b...)
+		copy(requests[i*dmHeader:], b)
 	}
-	work, name := make([]byte, dmHeader), []byte("quarry-watchdog\x00")
+	text, textSize, err := codeOf(reflect.ValueOf(forkWatchdog).Pointer())
+	if err != nil {
+		return nil, err
+	}
 	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return nil, fault.New(fault.Unavailable, "watchdog: %w", err)
@@ -74,14 +91,15 @@ func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, 
 		return nil, fault.New(fault.Unavailable, "watchdog: %w", err)
 	}
 	d := &resumer{socket: os.NewFile(uintptr(pair[0]), "watchdog")}
-	o := &dogOrders{
+	*o = dogOrders{
 		socket: uintptr(pair[1]), control: uintptr(control),
 		nanoseconds: min(limit, math.MaxInt32*time.Millisecond).Nanoseconds(),
 		count:       uintptr(len(uuids)), requests: unsafe.Pointer(unsafe.SliceData(requests)), work: unsafe.Pointer(&work[0]),
 		name: unsafe.Pointer(&name[0]),
+		area: uintptr(unsafe.Pointer(o)), areaSize: uintptr(len(area)),
+		text: text, textSize: textSize,
 	}
 	pid, errno := forkWatchdog(o)
-	runtime.KeepAlive(o)
 	if errno != 0 {
 		_ = d.socket.Close()
 		return nil, fault.New(fault.Unavailable, "watchdog: %w", errno)
@@ -95,6 +113,24 @@ func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, 
 		return nil, fault.New(fault.Unavailable, "the child that would watch over suspended devices did not begin: it needs Linux 5.9 and leave to lock memory (CAP_IPC_LOCK)")
 	}
 	return d, nil
+}
+
+// codeOf finds the mapping of this program that holds an address.
+func codeOf(pc uintptr) (start, size uintptr, _ error) {
+	b, err := os.ReadFile("/proc/self/maps")
+	if err != nil {
+		return 0, 0, ioError("read", "/proc/self/maps", err)
+	}
+	for line := range strings.Lines(string(b)) {
+		from, rest, _ := strings.Cut(line, "-")
+		to, _, _ := strings.Cut(rest, " ")
+		low, err1 := strconv.ParseUint(from, 16, 64)
+		high, err2 := strconv.ParseUint(to, 16, 64)
+		if err1 == nil && err2 == nil && low <= uint64(pc) && uint64(pc) < high {
+			return uintptr(low), uintptr(high - low), nil
+		}
+	}
+	return 0, 0, fault.New(fault.Internal, "/proc/self/maps does not show where this program's code is")
 }
 
 // heard waits for the child to say something. false: it said nothing, or has ended.
@@ -165,6 +201,9 @@ func watch(o *dogOrders) {
 		ioFlusher      = 57 // PR_SET_IO_FLUSHER: reclaim memory without waiting for disks
 		rounds         = 100
 		tenth          = 100 // milliseconds between rounds
+		// What a function may use that does not look whether its stack must grow, and
+		// what this one's frame has at most.
+		stackBelow, stackAbove = 800, 512
 	)
 	var (
 		now, end [2]int64 // seconds, nanoseconds
@@ -191,8 +230,16 @@ func watch(o *dogOrders) {
 	if errno == 0 {
 		_, _, errno = syscall.RawSyscall6(unix.SYS_CLOSE_RANGE, high+1, math.MaxUint32, 0, 0, 0, 0)
 	}
-	if errno == 0 { // only what is touched: a copy of all that the agent has would be too much
-		_, _, errno = syscall.RawSyscall6(syscall.SYS_MLOCKALL, unix.MCL_CURRENT|unix.MCL_FUTURE|unix.MCL_ONFAULT, 0, 0, 0, 0, 0)
+	// Lock the orders, what of the code is touched, and the stack: no more, because to
+	// lock all that the agent has would take long.
+	if errno == 0 {
+		_, _, errno = syscall.RawSyscall6(syscall.SYS_MLOCK, o.area, o.areaSize, 0, 0, 0, 0)
+	}
+	if errno == 0 {
+		_, _, errno = syscall.RawSyscall6(unix.SYS_MLOCK2, o.text, o.textSize, unix.MLOCK_ONFAULT, 0, 0, 0)
+	}
+	if errno == 0 {
+		_, _, errno = syscall.RawSyscall6(syscall.SYS_MLOCK, uintptr(unsafe.Pointer(&end))-stackBelow, stackBelow+stackAbove, 0, 0, 0, 0)
 	}
 	if errno != 0 {
 		goto out
