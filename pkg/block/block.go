@@ -225,7 +225,9 @@ func (d *Devices) tops(ctx context.Context, match func(Device) bool) ([]Device, 
 		_, ok := useOf(lp.Mark)
 		return ok && match(loopDevice(lp))
 	})
-	if err != nil && (len(out) == 0 || fault.KindOf(err) != fault.Unavailable) {
+	// What is there is used although another device does not answer: one dead
+	// server must not block another's volumes.
+	if err != nil && (len(out)+len(loops) == 0 || fault.KindOf(err) != fault.Unavailable) {
 		return nil, err
 	}
 	for _, lp := range loops {

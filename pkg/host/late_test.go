@@ -75,6 +75,37 @@ func TestAttachingThatWasLeftBehindLeavesNoDevice(t *testing.T) {
 	}
 }
 
+// Whoever looks for all devices of an image must not take some for all.
+func TestALoopDeviceThatDoesNotAnswerIsNotPassedOver(t *testing.T) {
+	fs := hangfs.New(t, 1<<20) // first, so that it outlives the devices
+	l, file, mark := slab(t, 1<<20)
+	known, err := l.AttachLoop(t.Context(), LoopSpec{File: file, Size: 1 << 20, Mark: mark})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dead, err := l.AttachLoop(t.Context(), LoopSpec{File: fs.File, Size: 1 << 20, Mark: mark})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(fs.Release)
+	mine := func(lp Loop) bool { return lp.Mark == mark }
+	if found, err := l.Loops(t.Context(), mine); err != nil || len(found) != 2 {
+		t.Fatalf("%+v %v", found, err)
+	}
+	started := NewLocal(Exec{}) // it has never asked
+	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Getattr })
+	abandon(t, fs, func(ctx context.Context) error { _, err := started.loop(ctx, dead.Number); return err })
+	found, err := started.Loops(t.Context(), mine)
+	if !errors.Is(err, fault.Unavailable) || !contains(err, dead.Path) || len(found) != 1 || found[0] != known {
+		t.Fatalf("%+v %v", found, err)
+	}
+	fs.Release()
+	until(t, "it answers", func() bool { return started.Abandoned() == 0 })
+	if found, err = started.Loops(t.Context(), mine); err != nil || len(found) != 2 {
+		t.Fatalf("%+v %v", found, err)
+	}
+}
+
 func TestDetachingThatWasLeftBehindLeavesTheDeviceToItsNextUser(t *testing.T) {
 	fs, l := hangfs.New(t, 1<<20), NewLocal(Exec{})
 	spec := LoopSpec{File: fs.File, Size: 1 << 20, Mark: "quarry-test-late-detach"}

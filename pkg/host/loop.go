@@ -455,8 +455,10 @@ func (l *Local) openSame(lp Loop, flags int) (*os.File, error) {
 	return d, nil
 }
 
-// Loops returns the loop devices that match. When none does and a device could
-// not be asked because its storage does not answer, the error is fault.Unavailable.
+// Loops returns the loop devices that match. fault.Unavailable: some device could
+// not be asked, because its storage does not answer; it may match as well. Then
+// what is known to match is returned beside the error: it is there, and nothing
+// follows from what is missing.
 func (l *Local) Loops(ctx context.Context, match func(Loop) bool) ([]Loop, error) {
 	all, unknown, err := l.loops(ctx)
 	if err != nil {
@@ -468,8 +470,8 @@ func (l *Local) Loops(ctx context.Context, match func(Loop) bool) ([]Loop, error
 			out = append(out, lp)
 		}
 	}
-	if len(out) == 0 && len(unknown) > 0 {
-		return nil, fault.New(fault.Unavailable, "%s over %s does not answer, so nobody knows whose it is: its storage cannot be reached", unknown[0].Path, unknown[0].Backing)
+	if len(unknown) > 0 {
+		return out, fault.New(fault.Unavailable, "%s over %s does not answer, so nobody knows whose it is: its storage cannot be reached", unknown[0].Path, unknown[0].Backing)
 	}
 	return out, nil
 }
