@@ -35,6 +35,9 @@ type Config struct {
 	Observe func(op, domain, path string, took time.Duration, err error)
 	// Now is the clock; nil: the real one.
 	Now func() time.Time
+	// LookEvery is the pause between two looks at a running merge; 0: 50 ms at
+	// first, 2 s in the end.
+	LookEvery time.Duration
 	// CollectEvery is the pause between rounds of the collector; 0: 30 s;
 	// negative: never by itself.
 	CollectEvery time.Duration

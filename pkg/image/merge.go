@@ -127,7 +127,11 @@ func (m *Manager) background(ctx context.Context, key, verb, name string, fn fun
 func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 	op.at(d.id, img.id)
 	op.took(how{reason: "merge"})
-	for first, pause := true, mergeFirstLook; ; first, pause = false, min(2*pause, mergeLastLook) {
+	first, pause, last := true, mergeFirstLook, mergeLastLook
+	if d.m.cfg.LookEvery > 0 {
+		pause, last = d.m.cfg.LookEvery, d.m.cfg.LookEvery
+	}
+	for ; ; first, pause = false, min(2*pause, last) {
 		done, err := d.mergeStep(ctx, op, img, first)
 		if done || err != nil {
 			if err != nil {

@@ -79,6 +79,7 @@ type storage struct {
 	name    string
 	root    string
 	minimal bool // without any capability
+	layers  bool // with nodes that can build chains of layers
 }
 
 // storages are the two that differ most: everything native, and everything by
@@ -167,7 +168,10 @@ type world struct {
 	clock  *clock
 	mover  *resumes
 	torn   bool
-	story  string // for failures: what was done to this world
+	story  string  // for failures: what was done to this world
+	kernel *kernel // of the node; nil where it has no device-mapper
+	// reboots: what is in use on the node comes to its end with the process.
+	reboots bool
 	process
 }
 
@@ -180,6 +184,9 @@ func newWorld(t testing.TB, s storage, layout image.Layout) *world {
 		w.must(err)
 		w.dirs[d] = path
 	}
+	if s.layers {
+		w.kernel = newKernel(t, w.dirs)
+	}
 	w.start()
 	t.Cleanup(func() { _ = w.Close() }) // also when the test fails
 	return w
@@ -187,6 +194,10 @@ func newWorld(t testing.TB, s storage, layout image.Layout) *world {
 
 // end closes the world and removes its directories.
 func (w *world) end() {
+	w.waitForMerges()
+	if w.kernel != nil {
+		w.must(w.kernel.fine())
+	}
 	w.must(w.Close())
 	for _, d := range w.dirs {
 		w.must(os.RemoveAll(d))
@@ -215,7 +226,11 @@ func (w *world) launch() process {
 
 func (w *world) tryLaunch(c *control) (process, error) {
 	p := process{control: c}
-	p.Manager = image.New(image.Config{Installation: "test", Agents: nodes{}, Mover: w.mover, Now: w.clock.Now, CollectEvery: -1})
+	var agents image.Agents = nodes{}
+	if w.kernel != nil {
+		agents = chainAgents{w.kernel, p.control}
+	}
+	p.Manager = image.New(image.Config{Installation: "test", Agents: agents, Mover: w.mover, Now: w.clock.Now, LookEvery: time.Millisecond, CollectEvery: -1})
 	for _, name := range []string{"a", "b"} {
 		e, err := dir.Open(w.ctx, map[string]string{"path": w.dirs[name]}, host.Exec{})
 		w.must(err)
@@ -237,7 +252,21 @@ func (w *world) start() { w.t.Helper(); w.process = w.launch() }
 func (w *world) restart() {
 	w.t.Helper()
 	_ = w.Close()
+	if w.kernel != nil {
+		w.must(w.kernel.fine())
+		if w.reboots {
+			w.kernel.reboot()
+		}
+		w.kernel.restart()
+	}
 	w.start()
+}
+
+// waitForMerges waits until no merge runs in the background.
+func (w *world) waitForMerges() {
+	for slices.ContainsFunc(w.Operations(), isMerge) {
+		time.Sleep(time.Millisecond)
+	}
 }
 
 // piece of content at an offset of a block image.
@@ -296,6 +325,12 @@ func (w *world) put(img image.Image, seed uint64) error {
 		return errors.Join(os.WriteFile(filepath.Join(path, "first"), content(seed, 0), 0o640),
 			os.WriteFile(filepath.Join(path, "folder", "second"), content(seed, 1), 0o600))
 	}
+	if w.kernel != nil {
+		if now, err := w.Get(w.ctx, img.Handle); err == nil {
+			img = now
+		}
+		return w.kernel.put(img, offsets, [][]byte{content(seed, 0), content(seed, 1), content(seed, 2)})
+	}
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		return err
@@ -328,7 +363,13 @@ func (w *world) holds(img image.Image, seed uint64) error {
 	}
 	buffer := buffers.Get().(*[]byte)
 	defer buffers.Put(buffer)
-	got, err := readInto(buffer, path)
+	var got []byte
+	var err error
+	if w.kernel != nil {
+		got, err = w.kernel.content(img)
+	} else {
+		got, err = readInto(buffer, path)
+	}
 	if err != nil {
 		return err
 	}
@@ -424,6 +465,7 @@ func (w *world) collect() error {
 		if err := w.Collect(w.ctx); err != nil {
 			return err
 		}
+		w.waitForMerges()
 		w.clock.turn(11 * time.Minute)
 		if round == 2 { // a half-done copy waits so long for its request to be repeated
 			w.clock.turn(time.Hour)
@@ -459,12 +501,25 @@ func (w *world) onDisk(domain, kind string) []string {
 func (w *world) noLeaks(groups int) {
 	w.t.Helper()
 	images := w.list(w.process)
+	var needed []image.Image // deleted ones whose slabs others still need
+	for _, img := range w.All(w.ctx) {
+		if img.State == image.Deleting && len(img.Children) > 0 {
+			needed = append(needed, img)
+		}
+	}
 	for _, d := range []string{"a", "b"} {
 		var slabs []string
 		tags := 0
 		for _, img := range images {
 			if img.Handle.Domain == d {
-				slabs = append(slabs, img.Slab)
+				for _, s := range img.Chain {
+					slabs = append(slabs, s.ID)
+				}
+				tags++
+			}
+		}
+		for _, img := range needed {
+			if img.Handle.Domain == d {
 				tags++
 			}
 		}
@@ -472,12 +527,13 @@ func (w *world) noLeaks(groups int) {
 			tags += groups
 		}
 		slices.Sort(slabs)
+		slabs = slices.Compact(slabs)
 		have := w.onDisk(d, "slabs")
 		if !slices.Equal(have, slabs) {
 			w.fatalf("slabs in %s: %v, the images have %v", d, have, slabs)
 		}
 		records := slices.DeleteFunc(w.onDisk(d, "tags"), func(s string) bool {
-			return slices.ContainsFunc(images, func(i image.Image) bool {
+			return slices.ContainsFunc(append(images, needed...), func(i image.Image) bool {
 				if s == "d."+i.Handle.Image {
 					return true
 				}
@@ -500,6 +556,9 @@ func (w *world) empty(groups ...image.Handle) {
 	}
 	for _, img := range w.list(w.process) {
 		if img.Mutable {
+			if w.kernel != nil {
+				w.kernel.unstage(img.Handle)
+			}
 			w.must(w.Detach(w.ctx, img.Handle, ""))
 			w.must(w.DeleteVolume(w.ctx, img.Handle))
 		} else {

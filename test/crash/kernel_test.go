@@ -1,0 +1,462 @@
+package crash_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/layer"
+)
+
+// kernel plays the device-mapper of one node over the real slabs, so that
+// thousands of crashes can be tried without one: it lives longer than managers
+// and agents do, and forgets at a reboot. What the real one does is tested in
+// packages block and node, on a stock kernel. It fails the test when it is asked
+// for what would show a workload other content than it wrote.
+type kernel struct {
+	t    testing.TB
+	dirs map[string]string
+
+	mu        sync.Mutex
+	tops      map[image.Handle][]image.SlabRef // of what is staged
+	merging   map[string]bool                  // slab: its layer is being merged
+	merged    map[string]bool                  // slab: its device shows the parent's
+	private   map[string]image.Handle          // devices for copies, by path
+	steps     int                              // exceptions that one look at a merge finds merged; 0: all
+	complaint error
+}
+
+func newKernel(t testing.TB, dirs map[string]string) *kernel {
+	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, merging: map[string]bool{},
+		merged: map[string]bool{}, private: map[string]image.Handle{}}
+}
+
+// reboot forgets everything that is not on disk.
+func (k *kernel) reboot() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	clear(k.tops)
+	clear(k.merging)
+	clear(k.merged)
+	k.dropPrivate()
+}
+
+// restart is what a starting agent does.
+func (k *kernel) restart() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.dropPrivate()
+	for slab := range k.merging {
+		if !k.live(slab) { // its device went with the private ones
+			delete(k.merging, slab)
+			delete(k.merged, slab)
+		}
+	}
+}
+
+func (k *kernel) dropPrivate() {
+	for path := range k.private {
+		_ = os.Remove(path)
+	}
+	clear(k.private)
+}
+
+func (k *kernel) live(slab string) bool {
+	for _, chain := range k.tops {
+		if slices.ContainsFunc(chain, func(s image.SlabRef) bool { return s.ID == slab }) {
+			return true
+		}
+	}
+	return false
+}
+
+func (k *kernel) stage(st image.Staging) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.tops[st.Handle] == nil {
+		k.tops[st.Handle] = slices.Clone(st.Slabs)
+	}
+}
+
+func (k *kernel) unstage(h image.Handle) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	chain := k.tops[h]
+	delete(k.tops, h)
+	for _, s := range chain {
+		if !k.live(s.ID) {
+			delete(k.merging, s.ID)
+			delete(k.merged, s.ID)
+		}
+	}
+}
+
+// chainOf is the chain through which a workload sees an image: that of the
+// device where it is staged, else the recorded one.
+func (k *kernel) chainOf(img image.Image) []image.SlabRef {
+	if top := k.tops[img.Handle]; top != nil {
+		return top
+	}
+	return img.Chain
+}
+
+const kernelChunk = layer.MinChunk
+
+// open slab with its exceptions.
+type openSlab struct {
+	image.SlabRef
+	f    *os.File
+	made map[int64]int64 // old chunk: new chunk
+	next int64           // exceptions in the store
+}
+
+func (k *kernel) open(domain string, chain []image.SlabRef) (out []*openSlab, err error) {
+	for _, s := range chain {
+		if k.merged[s.ID] {
+			continue // its device shows the next one
+		}
+		f, err := os.OpenFile(filepath.Join(k.dirs[domain], "slabs", s.ID), os.O_RDWR, 0)
+		if err != nil {
+			closeAll(out)
+			return nil, err
+		}
+		o := &openSlab{SlabRef: s, f: f, made: map[int64]int64{}}
+		out = append(out, o)
+		if s.Chunk == 0 {
+			continue
+		}
+		size := layer.StoreSize(s.Size, s.Chunk)
+		err = layer.Exceptions(f, size, func(old, new int64) error {
+			o.made[old] = new
+			o.next++
+			return nil
+		})
+		if err != nil {
+			closeAll(out)
+			return nil, fmt.Errorf("slab %s: %w", s.ID, err)
+		}
+	}
+	return out, nil
+}
+
+func closeAll(slabs []*openSlab) {
+	for _, s := range slabs {
+		_ = s.f.Close()
+	}
+}
+
+// read reads a chunk through a chain; what lies beyond a slab's size is zero.
+func readChunk(slabs []*openSlab, chunk int64, b []byte) error {
+	for _, s := range slabs {
+		if chunk*kernelChunk >= s.Size {
+			clear(b)
+			return nil
+		}
+		at := chunk
+		if s.Chunk > 0 {
+			new, ok := s.made[chunk]
+			if !ok {
+				continue
+			}
+			at = new
+		}
+		_, err := s.f.ReadAt(b, at*kernelChunk)
+		return err
+	}
+	clear(b)
+	return nil
+}
+
+// write writes a chunk into the first slab.
+func (s *openSlab) write(chunk int64, b []byte) error {
+	if chunk*kernelChunk >= s.Size {
+		return fmt.Errorf("a write to chunk %d of slab %s, which stands for %d bytes", chunk, s.ID, s.Size)
+	}
+	if s.Chunk == 0 {
+		_, err := s.f.WriteAt(b, chunk*kernelChunk)
+		return err
+	}
+	if s.Chunk != kernelChunk {
+		return fmt.Errorf("slab %s has chunks of %d bytes", s.ID, s.Chunk)
+	}
+	if at, ok := s.made[chunk]; ok {
+		_, err := s.f.WriteAt(b, at*kernelChunk)
+		return err
+	}
+	new, entry := place(s.next)
+	if _, err := s.f.WriteAt(b, new*kernelChunk); err != nil {
+		return err
+	}
+	var e [16]byte
+	binary.LittleEndian.PutUint64(e[0:], uint64(chunk))
+	binary.LittleEndian.PutUint64(e[8:], uint64(new))
+	if _, err := s.f.WriteAt(e[:], entry); err != nil {
+		return err
+	}
+	s.made[chunk] = new
+	s.next++
+	return nil
+}
+
+// place is where exception n has its chunk, and where its entry, in bytes: see package layer.
+func place(n int64) (chunk, entry int64) {
+	const perArea = kernelChunk / 16
+	area := 1 + n/perArea*(perArea+1)
+	return area + 1 + n%perArea, area*kernelChunk + n%perArea*16
+}
+
+// put writes pieces through an image's chain.
+func (k *kernel) put(img image.Image, at []int64, pieces [][]byte) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	slabs, err := k.open(img.Handle.Domain, k.chainOf(img))
+	if err != nil {
+		return err
+	}
+	defer closeAll(slabs)
+	if img.Mutable && k.tops[img.Handle] == nil && len(img.Attachments) > 0 {
+		return errors.New("a write to what is attached and not staged")
+	}
+	for i, off := range at {
+		for done := 0; done < len(pieces[i]); done += kernelChunk {
+			if err := slabs[0].write((off+int64(done))/kernelChunk, pieces[i][done:done+kernelChunk]); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// content reads an image through its recorded chain, and through its device
+// where it is staged: both must be the same.
+func (k *kernel) content(img image.Image) ([]byte, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	b, err := k.whole(img.Handle.Domain, img.Chain, img.Size)
+	if err != nil {
+		return nil, err
+	}
+	if top := k.tops[img.Handle]; top != nil {
+		live, err := k.whole(img.Handle.Domain, top, img.Size)
+		if err != nil {
+			return nil, err
+		}
+		if !bytes.Equal(b, live) {
+			return nil, fmt.Errorf("%s: the recorded chain %v reads other than the device %v", img.Handle, img.Chain, top)
+		}
+	}
+	return b, nil
+}
+
+func (k *kernel) whole(domain string, chain []image.SlabRef, size int64) ([]byte, error) {
+	slabs, err := k.open(domain, chain)
+	if err != nil {
+		return nil, err
+	}
+	defer closeAll(slabs)
+	b := make([]byte, size)
+	for c := int64(0); c < size/kernelChunk; c++ {
+		if err := readChunk(slabs, c, b[c*kernelChunk:(c+1)*kernelChunk]); err != nil {
+			return nil, err
+		}
+	}
+	return b, nil
+}
+
+// broken notes what must never be asked of a kernel.
+func (k *kernel) broken(format string, args ...any) error {
+	err := fault.New(fault.Internal, format, args...)
+	if k.complaint == nil {
+		k.complaint = err
+	}
+	return err
+}
+
+func (k *kernel) fine() error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.complaint
+}
+
+// chainAgents are the agents of one process on the node of a kernel.
+type chainAgents struct {
+	k *kernel
+	c *control
+}
+
+func (a chainAgents) Nodes() []string { return []string{"n1"} }
+
+func (a chainAgents) Agent(node string) (image.Agent, error) {
+	if node != "n1" {
+		return nil, fault.New(fault.NotFound, "there is no node %s", node)
+	}
+	return a, nil
+}
+
+func (a chainAgents) call(verb string, h image.Handle, f func() error) error {
+	return a.c.call("agent "+verb, h.String(), func() error {
+		a.k.mu.Lock()
+		defer a.k.mu.Unlock()
+		return f()
+	})
+}
+
+func (a chainAgents) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
+	return image.NotFreezable, nil
+}
+func (a chainAgents) Thaw(context.Context, image.Handle) error { return nil }
+
+func (a chainAgents) Staged(_ context.Context, h image.Handle) (staged bool, err error) {
+	err = a.call("Staged", h, func() error { staged = a.k.tops[h] != nil; return nil })
+	return staged, err
+}
+
+func (a chainAgents) Layers(_ context.Context, h image.Handle) error {
+	return a.call("Layers", h, func() error { return nil })
+}
+
+func (a chainAgents) Switch(_ context.Context, images []image.Staging) error {
+	if len(images) == 0 {
+		return nil
+	}
+	return a.call("Switch", images[0].Handle, func() error {
+		for _, st := range images {
+			top := a.k.tops[st.Handle]
+			if top == nil {
+				continue
+			}
+			before, err := a.k.whole(st.Domain, top, st.Size)
+			if err != nil {
+				return err
+			}
+			after, err := a.k.whole(st.Domain, st.Slabs, st.Size)
+			if err != nil {
+				return err
+			}
+			if !bytes.Equal(before, after) {
+				return a.k.broken("a switch of %s from %v to %v changes what it holds", st.Handle, top, st.Slabs)
+			}
+			for _, s := range top {
+				if !slices.Contains(st.Slabs, s) {
+					delete(a.k.merging, s.ID)
+				}
+			}
+			a.k.tops[st.Handle] = slices.Clone(st.Slabs)
+		}
+		return nil
+	})
+}
+
+func (a chainAgents) Merge(_ context.Context, st image.Staging) (m image.Merging, err error) {
+	err = a.call("Merge", st.Handle, func() error {
+		m, err = a.k.merge(st)
+		return err
+	})
+	return m, err
+}
+
+// merge copies some exceptions of the first slab into what lies below it.
+func (k *kernel) merge(st image.Staging) (image.Merging, error) {
+	child, parent := st.Slabs[0], st.Slabs[1]
+	if k.merged[child.ID] {
+		return image.Merging{Done: true}, nil
+	}
+	if parent.Size < child.Size {
+		return image.Merging{}, k.broken("merge %s into %s, which is smaller", child.ID, parent.ID)
+	}
+	for h, chain := range k.tops {
+		has := func(id string) bool {
+			return slices.ContainsFunc(chain, func(s image.SlabRef) bool { return s.ID == id })
+		}
+		if has(parent.ID) && !has(child.ID) {
+			return image.Merging{}, k.broken("merge %s into %s, which %s reads", child.ID, parent.ID, h)
+		}
+	}
+	if len(k.private) > 0 {
+		return image.Merging{}, k.broken("merge %s while a copy runs", child.ID)
+	}
+	slabs, err := k.open(st.Domain, st.Slabs)
+	if err != nil {
+		return image.Merging{}, err
+	}
+	defer closeAll(slabs)
+	k.merging[child.ID] = true
+	from, below := slabs[0], slabs[1:]
+	order := make([]int64, from.next)
+	for old, new := range from.made {
+		const perArea = kernelChunk / 16
+		i := (new-1)/(perArea+1)*perArea + (new-1)%(perArea+1) - 1
+		order[i] = old
+	}
+	b := make([]byte, kernelChunk)
+	for n := 0; from.next > 0 && (k.steps == 0 || n < k.steps); n++ {
+		old := order[from.next-1]
+		new, entry := place(from.next - 1)
+		if _, err := from.f.ReadAt(b, new*kernelChunk); err != nil {
+			return image.Merging{}, err
+		}
+		if err := below[0].write(old, b); err != nil {
+			return image.Merging{}, err
+		}
+		if _, err := from.f.WriteAt(make([]byte, 16), entry); err != nil {
+			return image.Merging{}, err
+		}
+		from.next--
+	}
+	if from.next > 0 {
+		return image.Merging{Left: from.next * kernelChunk}, nil
+	}
+	delete(k.merging, child.ID)
+	if k.live(child.ID) {
+		k.merged[child.ID] = true
+	}
+	return image.Merging{Done: true}, nil
+}
+
+func (a chainAgents) StopMerge(_ context.Context, st image.Staging) error {
+	return a.call("StopMerge", st.Handle, func() error {
+		delete(a.k.merging, st.Slabs[0].ID)
+		return nil
+	})
+}
+
+func (a chainAgents) AttachImage(_ context.Context, st image.Staging) (path string, err error) {
+	err = a.call("AttachImage", st.Handle, func() error {
+		b, err := a.k.whole(st.Domain, st.Slabs, st.Size)
+		if err != nil {
+			return err
+		}
+		f, err := os.CreateTemp(a.k.t.TempDir(), "chain-")
+		if err != nil {
+			return err
+		}
+		path = f.Name()
+		a.k.private[path] = st.Handle
+		_, err = f.Write(b)
+		return errors.Join(err, f.Close())
+	})
+	return path, err
+}
+
+func (a chainAgents) DetachImage(_ context.Context, h image.Handle, path string) error {
+	return a.call("DetachImage", h, func() error {
+		delete(a.k.private, path)
+		return os.Remove(path)
+	})
+}
+
+var _ image.ChainAgent = chainAgents{}
+
+// isMerge says whether an operation is a merge, which nobody waits for.
+func isMerge(op image.Operation) bool { return strings.HasPrefix(op.Op, "merge") }

@@ -1,0 +1,207 @@
+package crash_test
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// layered is a storage without any capability, on nodes that build chains.
+func layered(t *testing.T) storage {
+	return storage{name: "layers", root: shm(t), minimal: true, layers: true}
+}
+
+// stage attaches a volume and lets the node use it.
+func (w *world) stage(v image.Image) error {
+	a, err := w.Attach(w.ctx, v.Handle, "n1", w.access()[0], false)
+	if err != nil {
+		return err
+	}
+	st, err := w.Stage(w.ctx, v.Handle, "n1", a.Generation)
+	if err != nil {
+		return err
+	}
+	w.kernel.stage(st)
+	return nil
+}
+
+// layerScenarios are about volumes in use.
+func layerScenarios() []scenario {
+	staged := func(s *story, name string, seed uint64) image.Image {
+		v := s.volume(name, "a", 0)
+		s.w.must(s.w.stage(v))
+		s.write(v, seed)
+		return v
+	}
+	return []scenario{
+		{name: "snapshot of a volume in use", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			s.seeds["snapshot s"] = []uint64{1}
+			s.run = func(s *story) error {
+				img, err := s.w.snap("s", v)
+				if err == nil {
+					s.ack(img)
+				}
+				return err
+			}
+		}},
+		{name: "second snapshot of a volume in use", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			s.snapshot("s1", v)
+			s.write(v, 2)
+			s.seeds["snapshot s"] = []uint64{2}
+			s.run = func(s *story) error {
+				img, err := s.w.snap("s", v)
+				if err == nil {
+					s.ack(img)
+				}
+				return err
+			}
+		}},
+		{name: "group snapshot of volumes in use", prepare: func(s *story) {
+			v, u := staged(s, "v", 1), staged(s, "u", 2)
+			s.seeds["member of "+v.Handle.String()], s.seeds["member of "+u.Handle.String()] = []uint64{1}, []uint64{2}
+			s.run = func(s *story) error {
+				g, err := s.w.CreateGroup(s.w.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{v.Handle, u.Handle}})
+				if err != nil {
+					return err
+				}
+				s.groups["g"] = g.Handle
+				for _, img := range g.Snapshots {
+					s.ack(img)
+				}
+				return nil
+			}
+		}},
+		{name: "clone of a volume in use", prepare: func(s *story) {
+			s.creates("new", "a", staged(s, "v", 1), 1)
+		}},
+		{name: "copy of a volume in use", prepare: func(s *story) {
+			s.creates("new", "b", staged(s, "v", 1), 1)
+		}},
+		{name: "copy of a snapshot that is a layer", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			s.snapshot("s1", v)
+			s.write(v, 2)
+			snap := s.snapshot("s2", v)
+			s.write(v, 3)
+			s.creates("new", "b", snap, 2)
+		}},
+		{name: "grow a volume in use that has layers", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			s.snapshot("s1", v)
+			s.write(v, 2)
+			s.run = func(s *story) error {
+				_, err := s.w.Expand(s.w.ctx, v.Handle, 3*mib, 0)
+				return err
+			}
+		}},
+		{name: "delete the only snapshot of a volume in use", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			img := s.snapshot("s1", v)
+			s.write(v, 2)
+			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
+		}},
+		{name: "delete the oldest snapshot of a volume in use", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			img := s.snapshot("s1", v)
+			s.write(v, 2)
+			s.snapshot("s2", v)
+			s.write(v, 3)
+			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
+		}},
+		{name: "delete a snapshot between others", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			s.snapshot("s1", v)
+			s.write(v, 2)
+			img := s.snapshot("s2", v)
+			s.write(v, 3)
+			s.snapshot("s3", v)
+			s.write(v, 4)
+			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
+		}},
+		{name: "delete the snapshot of a volume that grew since", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			img := s.snapshot("s1", v)
+			s.write(v, 2)
+			_, err := s.w.Expand(s.w.ctx, v.Handle, 3*mib, 0)
+			s.w.must(err)
+			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
+		}},
+		{name: "delete the snapshot of a detached volume", prepare: func(s *story) {
+			v := s.volume("v", "a", 1)
+			img := s.snapshot("s1", v)
+			s.write(v, 2)
+			s.deletes(img, func(s *story) error { return s.w.DeleteSnapshot(s.w.ctx, img.Handle) })
+		}},
+		{name: "delete a snapshot and snapshot again", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			img := s.snapshot("s1", v)
+			s.write(v, 2)
+			s.deleting(img)
+			s.seeds["snapshot s"] = []uint64{2}
+			s.run = func(s *story) error {
+				if err := s.w.DeleteSnapshot(s.w.ctx, img.Handle); err != nil {
+					return err
+				}
+				s.gone[key(img)] = true
+				if err := s.w.Collect(s.w.ctx); err != nil {
+					return err
+				}
+				snap, err := s.w.snap("s", v)
+				if err == nil {
+					s.ack(snap)
+				}
+				return err
+			}
+		}},
+		{name: "delete a volume whose clone lives", prepare: func(s *story) {
+			v := s.volume("v", "a", 1)
+			clone, err := s.w.create("clone", "a", v, 0)
+			s.w.must(err)
+			s.seeds[key(clone)] = []uint64{1}
+			s.ack(clone)
+			s.deletes(v, func(s *story) error { return s.w.DeleteVolume(s.w.ctx, v.Handle) })
+		}},
+	}
+}
+
+// write changes a volume in a story without faults.
+func (s *story) write(v image.Image, seed uint64) {
+	s.w.t.Helper()
+	s.w.write(v, seed)
+	s.seeds[key(v)] = []uint64{seed}
+}
+
+// TestLayersAtEveryCall lets every operation on chains of layers meet with every
+// mishap at every call that it makes, of an engine or of the node's agent. The
+// kernel's state is kept, as when a process dies, or lost, as at a power cut.
+func TestLayersAtEveryCall(t *testing.T) {
+	st := layered(t)
+	for _, lost := range []bool{false, true} {
+		for _, sc := range append(layerScenarios(), scenarios()...) {
+			for _, m := range []mode{none, crashBefore, crashAfter, lostReply, outage, refused, misread} {
+				if lost && m != crashBefore && m != crashAfter {
+					continue
+				}
+				t.Run(fmt.Sprintf("%s, %s, kernel state lost %t", sc.name, m, lost), func(t *testing.T) {
+					t.Parallel()
+					for at := 1; ; at += step() {
+						w := newWorld(t, st, image.LayoutImage)
+						w.kernel.steps, w.reboots = 10, lost
+						w.story = fmt.Sprintf("%s: %s (kernel state lost: %t)", sc.name, point(m, at), lost)
+						s := newStory(w)
+						sc.prepare(s)
+						w.restart()
+						hit := mishap(s, m, at)
+						w.end()
+						if hit == "" {
+							return
+						}
+					}
+				})
+			}
+		}
+	}
+}
