@@ -85,9 +85,8 @@ func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, 
 	if err != nil {
 		return nil, fault.New(fault.Unavailable, "watchdog: %w", err)
 	}
-	defer unix.Close(pair[1])
 	if err := unix.SetNonblock(pair[0], true); err != nil { // for deadlines
-		_ = unix.Close(pair[0])
+		_, _ = unix.Close(pair[0]), unix.Close(pair[1])
 		return nil, fault.New(fault.Unavailable, "watchdog: %w", err)
 	}
 	d := &resumer{socket: os.NewFile(uintptr(pair[0]), "watchdog")}
@@ -100,12 +99,12 @@ func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, 
 		text: text, textSize: textSize,
 	}
 	pid, errno := forkWatchdog(o)
+	_ = unix.Close(pair[1]) // that end is the child's alone, so that its death is seen
 	if errno != 0 {
 		_ = d.socket.Close()
 		return nil, fault.New(fault.Unavailable, "watchdog: %w", errno)
 	}
 	d.pid = int(pid)
-	_ = unix.Close(pair[1]) // its end is the child's alone, so that its death is seen
 	if !d.heard(dogReady) {
 		_ = unix.Kill(d.pid, unix.SIGKILL)
 		d.wait()
@@ -211,9 +210,9 @@ func watch(o *dogOrders) {
 		word     byte
 		status   uintptr = dogFailed
 	)
-	syscall.RawSyscall6(syscall.SYS_SETSID, 0, 0, 0, 0, 0, 0) // signals to the agent's group are not for it
-	syscall.RawSyscall6(syscall.SYS_PRCTL, setName, uintptr(o.name), 0, 0, 0, 0)
-	syscall.RawSyscall6(syscall.SYS_PRCTL, ioFlusher, 1, 0, 0, 0, 0)
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_SETSID, 0, 0, 0, 0, 0, 0) // signals to the agent's group are not for it
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_PRCTL, setName, uintptr(o.name), 0, 0, 0, 0)
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_PRCTL, ioFlusher, 1, 0, 0, 0, 0)
 	// It must keep nothing open that the agent closes: not the agent's end of the
 	// socket, no lock, no file of a filesystem that is to be unmounted.
 	low, high := o.socket, o.control
@@ -245,7 +244,7 @@ func watch(o *dogOrders) {
 		goto out
 	}
 	// The first turn touches all that a resume needs: its requests only ask.
-	syscall.RawSyscall6(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&end)), 0, 0, 0, 0)
+	_, _, _ = syscall.RawSyscall6(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&end)), 0, 0, 0, 0)
 	end[0] += o.nanoseconds / 1e9
 	if end[1] += o.nanoseconds % 1e9; end[1] >= 1e9 {
 		end[0]++
@@ -257,9 +256,9 @@ func watch(o *dogOrders) {
 	word = dogReady
 	for {
 		if word == dogReady || word == dogYes {
-			syscall.RawSyscall6(syscall.SYS_WRITE, o.socket, uintptr(unsafe.Pointer(&word)), 1, 0, 0, 0)
+			_, _, _ = syscall.RawSyscall6(syscall.SYS_WRITE, o.socket, uintptr(unsafe.Pointer(&word)), 1, 0, 0, 0)
 		}
-		syscall.RawSyscall6(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&now)), 0, 0, 0, 0)
+		_, _, _ = syscall.RawSyscall6(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&now)), 0, 0, 0, 0)
 		// Rounded up: a limit is never cut short.
 		left := (end[0]-now[0])*1000 + (end[1]-now[1]+999_999)/1_000_000
 		if left <= 0 {
@@ -289,11 +288,11 @@ func watch(o *dogOrders) {
 			break
 		}
 		p.fd = -1 // a pause
-		dogPoll(unsafe.Pointer(&p), tenth)
+		_, _ = dogPoll(unsafe.Pointer(&p), tenth)
 	}
 out:
 	for {
-		syscall.RawSyscall6(syscall.SYS_EXIT_GROUP, status, 0, 0, 0, 0, 0)
+		_, _, _ = syscall.RawSyscall6(syscall.SYS_EXIT_GROUP, status, 0, 0, 0, 0, 0)
 	}
 }
 
