@@ -31,13 +31,16 @@ type Harness struct {
 	// Expect is exactly what the engine can do natively, in any order: a
 	// capability that vanishes fails the suite.
 	Expect []engine.Capability
+	// Slow says that a verb takes the better part of a second: what else is tried
+	// at every size and in many rounds is then tried at some sizes and in few.
+	Slow bool
 }
 
 // Run runs the suite.
 func Run(t *testing.T, h Harness) {
 	t.Run("native", func(t *testing.T) { suite{h}.run(t) })
 	t.Run("minimal", func(t *testing.T) {
-		suite{Harness{Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
+		suite{Harness{Slow: h.Slow, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
 			open := h.Domain(t)
 			return func(t testing.TB) engine.Engine { return engine.Minimal(open(t)) }
 		}}}.run(t)
@@ -45,6 +48,14 @@ func Run(t *testing.T, h Harness) {
 }
 
 type suite struct{ Harness }
+
+// pick is many, or few where verbs are slow.
+func (s suite) pick(many, few int) int {
+	if s.Slow {
+		return few
+	}
+	return many
+}
 
 func (s suite) run(t *testing.T) {
 	v := reflect.ValueOf(s)

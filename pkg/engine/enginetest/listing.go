@@ -16,7 +16,8 @@ import (
 func (s suite) TestListingsDuringChanges(t *testing.T) {
 	es := s.several(t, 3)
 	kinds := describe(t, es[0]).Kinds
-	const stable, listings, size = 40, 30, mib
+	const size = mib
+	stable, listings := s.pick(40, 8), s.pick(30, 5)
 	record := func(name string) string { return "the record of " + name }
 	var g errgroup.Group
 	g.SetLimit(8)
@@ -88,7 +89,7 @@ func (s suite) TestListingsDuringChanges(t *testing.T) {
 		return nil
 	}
 	// At least as many changes as listings, or the listings raced with nothing.
-	for n := 0; n < listings || changes.Load() < listings; n++ {
+	for n := 0; n < listings || changes.Load() < int64(listings); n++ {
 		if err := check(es[1+n%2]); err != nil {
 			t.Error(err)
 			break
@@ -105,7 +106,7 @@ func (s suite) TestListingsDuringChanges(t *testing.T) {
 func (s suite) TestListingSeesWhatOthersDidBefore(t *testing.T) {
 	es := s.several(t, 2)
 	kind := describe(t, es[0]).Kinds[0]
-	for i := range 10 {
+	for i := range s.pick(10, 3) {
 		maker, lister := es[i%2], es[(i+1)%2]
 		name := fmt.Sprintf("n.%d", i)
 		ok(t, maker.CreateTag(t.Context(), engine.Tag{Name: name}))
