@@ -112,6 +112,9 @@ func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool)
 	readOnly = readOnly && len(st.Slabs) == 1
 	var out []block.Slab
 	for _, s := range st.Slabs {
+		if err := n.take(ctx, st.Handle.Domain, s.ID); err != nil {
+			return nil, err
+		}
 		a, err := e.AttachSlab(ctx, s.ID, engine.AttachOptions{ReadOnly: readOnly})
 		if err != nil {
 			return nil, damaged(err)
@@ -125,6 +128,9 @@ func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool)
 // chain on this node still uses stays.
 func (n *Node) letGo(ctx context.Context, domain, slab string) {
 	e, err := n.cfg.Engines(domain)
+	if err == nil {
+		err = n.take(ctx, domain, slab)
+	}
 	if err == nil {
 		err = e.DetachSlab(ctx, slab)
 	}

@@ -164,34 +164,67 @@ func (n *Node) examineSlab(ctx context.Context, h image.Handle) ([]Condition, er
 	if err != nil {
 		return []Condition{{Inaccessible, "DomainUnavailable", err.Error()}}, nil
 	}
-	unlock, held := n.tryLock(h)
+	var out []Condition
+	err = n.host.Within(ctx, "examine slab "+slabKey(h.Domain, im.Slab), examineTimeout, func() (err error) {
+		out, err = n.lookAt(context.WithoutCancel(ctx), e, im)
+		return err
+	})
+	if errors.Is(err, fault.Unavailable) || errors.Is(err, fault.Deadline) {
+		return []Condition{{Inaccessible, "StorageNotResponding", err.Error()}}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// lookAt attaches a slab, looks, and detaches it again.
+func (n *Node) lookAt(ctx context.Context, e engine.Engine, im image.Image) ([]Condition, error) {
+	unlock, held := n.tryLock(im.Handle)
 	if held != nil {
 		return nil, nil // it is just being staged, which finds out the same
 	}
-	defer unlock()
+	l := n.beginLook(im.Handle, im.Slab)
+	unlock()
+	if l == nil {
+		return nil, nil
+	}
 	ctx, cancel := context.WithTimeout(ctx, examineTimeout)
 	defer cancel()
-	a, err := e.AttachSlab(ctx, im.Slab, engine.AttachOptions{ReadOnly: true})
-	switch {
-	case errors.Is(err, fault.NotFound):
-		return []Condition{{DataLoss, "SlabMissing", err.Error()}}, nil
-	case errors.Is(err, fault.Corrupt):
-		return []Condition{{DataLoss, "SlabDamaged", err.Error()}}, nil
-	case err != nil:
-		return []Condition{{Inaccessible, "StorageNotResponding", err.Error()}}, nil
-	}
-	fi, err := n.host.Stat(ctx, a.Path)
+	a, attachErr := e.AttachSlab(ctx, im.Slab, engine.AttachOptions{ReadOnly: true})
 	var out []Condition
 	switch {
+	case attachErr == nil:
+		out = n.compare(ctx, a.Path, im.Size)
+	case errors.Is(attachErr, fault.NotFound):
+		out = []Condition{{DataLoss, "SlabMissing", attachErr.Error()}}
+	case errors.Is(attachErr, fault.Corrupt):
+		out = []Condition{{DataLoss, "SlabDamaged", attachErr.Error()}}
+	default:
+		out = []Condition{{Inaccessible, "StorageNotResponding", attachErr.Error()}}
+	}
+	mine, err := n.endLook(l, im.Handle, im.Slab, func() error {
+		if attachErr != nil {
+			return nil
+		}
+		return e.DetachSlab(ctx, im.Slab)
+	})
+	if !mine {
+		return nil, nil
+	}
+	return out, err
+}
+
+// compare looks whether an attached slab is as large as was recorded.
+func (n *Node) compare(ctx context.Context, path string, size int64) []Condition {
+	fi, err := n.host.Stat(ctx, path)
+	switch {
 	case err != nil:
-		out = append(out, Condition{Inaccessible, "SlabUnreadable", err.Error()})
-	case fi.Mode&fs.ModeType == 0 && fi.Size < im.Size:
-		out = append(out, Condition{DataLoss, "SlabTruncated", fmt.Sprintf("%s has %d bytes, and %d were recorded", a.Path, fi.Size, im.Size)})
+		return []Condition{{Inaccessible, "SlabUnreadable", err.Error()}}
+	case fi.Mode&fs.ModeType == 0 && fi.Size < size:
+		return []Condition{{DataLoss, "SlabTruncated", fmt.Sprintf("%s has %d bytes, and %d were recorded", path, fi.Size, size)}}
 	}
-	if err := e.DetachSlab(ctx, im.Slab); err != nil {
-		return out, err
-	}
-	return out, nil
+	return nil
 }
 
 const examineTimeout = 10 * time.Second

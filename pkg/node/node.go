@@ -58,6 +58,7 @@ type Node struct {
 	busy   map[image.Handle]chan struct{} // held locks; closed when let go
 	frozen map[image.Handle]*host.Freeze
 	slabs  map[image.Handle][]image.SlabRef // what this process attached; a hint only
+	looks  map[string]*look                 // at slabs that no image uses; see take
 	// reading are the private devices of copies, by path; reads counts them.
 	reading map[string]reading
 	reads   int
@@ -75,6 +76,7 @@ func New(cfg Config) *Node {
 		cfg: cfg, host: h, devices: block.Devices{Host: h},
 		busy:   map[image.Handle]chan struct{}{},
 		frozen: map[image.Handle]*host.Freeze{},
+		looks:  map[string]*look{},
 		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]reading{},
 	}
 }

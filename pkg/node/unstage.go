@@ -110,6 +110,9 @@ func (n *Node) detachSlabs(ctx context.Context, h image.Handle) error {
 			return err
 		}
 		for _, slab := range slabs {
+			if err := n.take(ctx, h.Domain, slab.ID); err != nil {
+				return err
+			}
 			if err := e.DetachSlab(ctx, slab.ID); err != nil {
 				return err
 			}
