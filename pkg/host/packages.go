@@ -14,6 +14,8 @@ func debianPackage(program string) string {
 		return "btrfs-progs"
 	case "blkid", "fsfreeze":
 		return "util-linux"
+	case cryptsetup:
+		return "cryptsetup-bin"
 	case "timeout", "head":
 		return "coreutils"
 	}
