@@ -3,6 +3,7 @@ package csi
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"slices"
 	"testing"
 	"time"
@@ -27,7 +28,8 @@ type fakeManager struct {
 	modified []image.Tuning
 	params   map[string]string // of the last Modify
 	checked  []image.Access
-	unfit    error // of CheckAccess
+	unfit    error             // of CheckAccess
+	extents  [][]engine.Extent // that Allocated and Changed emit, at once each
 	calls    []string
 }
 
@@ -148,6 +150,27 @@ func (f *fakeManager) Domains(context.Context) []image.DomainInfo {
 		<-f.dead
 	}
 	return f.domains
+}
+
+func (f *fakeManager) Allocated(_ context.Context, h image.Handle, from int64, emit func([]engine.Extent) error) error {
+	return f.emit(fmt.Sprintf("allocated %s from %d", h, from), emit)
+}
+
+func (f *fakeManager) Changed(_ context.Context, base, target image.Handle, from int64, emit func([]engine.Extent) error) error {
+	if err := f.known(base); err != nil {
+		return err
+	}
+	return f.emit(fmt.Sprintf("changed %s %s from %d", base, target, from), emit)
+}
+
+// emit fails, if it has to, after everything was emitted.
+func (f *fakeManager) emit(what string, emit func([]engine.Extent) error) error {
+	for _, list := range f.extents {
+		if err := emit(list); err != nil {
+			return err
+		}
+	}
+	return f.did(what)
 }
 
 // fakeNode remembers what it was asked.

@@ -1,5 +1,5 @@
 // Package csi serves the Container Storage Interface 1.13: Identity,
-// Controller, GroupController and Node. Its services validate a request,
+// Controller, GroupController, SnapshotMetadata and Node. Its services validate a request,
 // translate it, call the Image Manager or the node, and translate the answer.
 // They hold no logic of their own and return errors of package fault; one
 // interceptor turns those into gRPC codes.
@@ -20,6 +20,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/admin"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
@@ -59,6 +60,8 @@ type Manager interface {
 	Topology(domain string) (node string, err error)
 	Canonical(h image.Handle) image.Handle
 	Domains(ctx context.Context) []image.DomainInfo
+	Allocated(ctx context.Context, h image.Handle, from int64, emit func([]engine.Extent) error) error
+	Changed(ctx context.Context, base, target image.Handle, from int64, emit func([]engine.Extent) error) error
 }
 
 var _ Manager = (*image.Manager)(nil)
@@ -71,7 +74,7 @@ type Config struct {
 	// NodeID is the name of the node that this process runs on: the CSI node ID
 	// and the value of TopologyKey. 1 to 63 characters as in a Kubernetes label's value.
 	NodeID string
-	// Manager serves Controller and GroupController.
+	// Manager serves Controller, GroupController and SnapshotMetadata.
 	Manager Manager
 	// Node serves Node.
 	Node Node
@@ -95,6 +98,7 @@ type Server struct {
 	csi.UnimplementedIdentityServer
 	csi.UnimplementedControllerServer
 	csi.UnimplementedGroupControllerServer
+	csi.UnimplementedSnapshotMetadataServer
 	csi.UnimplementedNodeServer
 }
 
@@ -161,7 +165,8 @@ func (s *Server) Serve(ctx context.Context, endpoint string) error {
 }
 
 func (s *Server) serve(ctx context.Context, l net.Listener) error {
-	opts := []grpc.ServerOption{grpc.UnaryInterceptor(s.intercept(klog.FromContext(ctx)))}
+	log := klog.FromContext(ctx)
+	opts := []grpc.ServerOption{grpc.UnaryInterceptor(s.intercept(log)), grpc.StreamInterceptor(s.interceptStream(log))}
 	if s.cfg.Tracer != nil {
 		opts = append(opts, grpc.StatsHandler(otelgrpc.NewServerHandler(otelgrpc.WithTracerProvider(s.cfg.Tracer))))
 	}
@@ -169,11 +174,12 @@ func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	csi.RegisterIdentityServer(g, s)
 	csi.RegisterControllerServer(g, s)
 	csi.RegisterGroupControllerServer(g, s)
+	csi.RegisterSnapshotMetadataServer(g, s)
 	csi.RegisterNodeServer(g, s)
 
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()
-	klog.FromContext(ctx).Info("Serving CSI", "driver", s.cfg.DriverName, "version", s.cfg.Version, "node", s.cfg.NodeID, "address", l.Addr().String())
+	log.Info("Serving CSI", "driver", s.cfg.DriverName, "version", s.cfg.Version, "node", s.cfg.NodeID, "address", l.Addr().String())
 	select {
 	case err := <-served:
 		return fault.Wrap(fault.Internal, err)

@@ -45,6 +45,7 @@ type Config struct {
 
 // Mover copies slab contents; package mover has the real one.
 type Mover interface {
+	Reader
 	// CopyBlock copies the file or device src to dst, both whole block slabs.
 	// It keeps holes, and dst is durable when it returns. fault.InUse: somebody
 	// else is still writing dst. fault.Corrupt: src is smaller than opts.Size.
