@@ -43,7 +43,7 @@ sanity: ## run csi-sanity, nothing skipped, on every engine and file system; nee
 
 crash: ## run the crash matrix, the random model test and kill -9 under load; needs root
 	hack/deps test
-	QUARRY_CRASH=long QUARRY_KILLS=200 go test -count=1 -timeout 120m ./test/crash/...
+	QUARRY_CRASH=long QUARRY_KILLS=200 go test -p 1 -count=1 -timeout 60m ./test/crash/...
 
 bench: build ## measure beside the bare system calls, cp, qemu-img and bare devices; needs root
 	hack/deps bench
