@@ -49,7 +49,7 @@ func (g *Group) explain(err error) error {
 		return g.partial()
 	case has(" is exported"):
 		return fault.New(fault.Permission, "volume group %s is exported, so it is about to move to another host: vgimport it here, if it is to stay (%s)", g.name, words)
-	case has("Cannot process writeable", "read-only", "is not writeable", "is read-only", "Permission denied", "Run as root"):
+	case has("is read-only", "Permission denied", "Run as root"):
 		return fault.New(fault.Permission, "volume group %s cannot be written: %s", g.name, words)
 	case has("matches existing size", "not larger than existing size"):
 		return errLargeEnough

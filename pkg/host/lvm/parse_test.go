@@ -1,0 +1,174 @@
+package lvm
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+)
+
+func fixture(t *testing.T, name string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(filepath.Join("testdata", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestWhatLVMSaysHasAKind(t *testing.T) {
+	for name, want := range map[string]struct {
+		group string
+		kind  fault.Kind
+		tells string // what the message must hold
+	}{
+		"exists":             {"q1", fault.Exists, "qs.t2"},
+		"rename-exists":      {"q1", fault.Exists, "qs.s2r"},
+		"not-found":          {"q1", fault.NotFound, "nope"},
+		"grow-not-found":     {"data", fault.NotFound, "qs.nope"},
+		"rename-not-found":   {"q1", fault.NotFound, "qs.s2"},
+		"origin-not-found":   {"q1", fault.NotFound, "qs.nope"},
+		"pool-not-found":     {"q1", fault.NotFound, "nope"},
+		"in-use":             {"q1", fault.InUse, "qs.a"},
+		"origin-frozen":      {"q1", fault.InUse, "busy"},
+		"no-extents":         {"data", fault.Exhausted, "vgextend"},
+		"no-extents-to-grow": {"data", fault.Exhausted, "1020 extents needed"},
+		"metadata-full":      {"qsmall", fault.Exhausted, "--metadatasize"},
+		"too-large":          {"data", fault.OutOfRange, "4.00 PiB"},
+		"vanished":           {"q2", fault.Unavailable, "volume group q2 is not there"},
+		"partial-create":     {"q2", fault.Unavailable, "a disk of volume group q2 is missing"},
+		"partial-activate":   {"q2", fault.Unavailable, "a disk of volume group q2 is missing"},
+		"foreign":            {"q1", fault.Permission, "belongs to another host"},
+		"exported":           {"data", fault.Permission, "vgimport"},
+		"exported-list":      {"data", fault.Permission, "vgimport"},
+		"twins-create":       {"twin", fault.Invalid, "vgrename"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			exit := &host.ExitError{Command: host.Command{Name: "lvm", Args: []string{"lvcreate"}}, Result: host.Result{Stderr: fixture(t, name+".stderr"), ExitCode: 5}}
+			err := New(nil, want.group, Options{}).explain(exit)
+			if fault.KindOf(err) != want.kind || !strings.Contains(err.Error(), want.tells) || strings.Contains(err.Error(), "WARNING") {
+				t.Errorf("%v (%v), want kind %v and %q in it, and no warning", err, fault.KindOf(err), want.kind, want.tells)
+			}
+		})
+	}
+}
+
+func TestWhatIsNotKnownIsUnavailable(t *testing.T) {
+	g := New(nil, "data", Options{})
+	exit := &host.ExitError{Result: host.Result{Stderr: []byte("  Something new happened.\n"), ExitCode: 5}}
+	if err := g.explain(exit); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "Something new") {
+		t.Errorf("%v (%v)", err, fault.KindOf(err))
+	}
+	exit.Result.Stderr = fixture(t, "large-enough.stderr")
+	if err := g.explain(exit); !errors.Is(err, errLargeEnough) {
+		t.Errorf("lvextend to the present size: %v", err)
+	}
+	// A volume of the group's name that is missing does not make the group vanish.
+	exit.Result.Stderr = []byte("  Failed to find logical volume \"data/data\"\n")
+	if err := g.explain(exit); !errors.Is(err, fault.NotFound) {
+		t.Errorf("%v (%v), want %v", err, fault.KindOf(err), fault.NotFound)
+	}
+	if err := g.explain(fault.New(fault.Unsupported, "no program")); !errors.Is(err, fault.Unsupported) || !strings.Contains(err.Error(), "lvm2") {
+		t.Errorf("without lvm2: %v", err)
+	}
+}
+
+func TestReports(t *testing.T) {
+	g := New(nil, "data", Options{})
+	info, err := g.parseInfo(fixture(t, "vgs.json"))
+	if err != nil || info.UUID != "uUcLRC-zgV3-r890-SkjX-lVSp-yink-YeNQVY" || info.Extent != 1<<20 || info.Size != 130023424 || info.Free != 125829120 ||
+		info.MetadataSize != 2093056 || info.MetadataFree != 1043456 || info.ReadOnly || info.Exported || info.Clustered || info.Missing != 0 ||
+		!slices.Equal(info.Devices, []string{"/dev/loop1", "/dev/loop3"}) {
+		t.Errorf("%+v, %v", info, err)
+	}
+	if info, err := g.parseInfo(fixture(t, "vgs-exported.json")); err != nil || !info.Exported {
+		t.Errorf("an exported group: %+v, %v", info, err)
+	}
+	l, err := parseVolumes(fixture(t, "lvs.json"))
+	if err != nil || l.UUID != info.UUID || l.MetadataFree != 1043456 || len(l.Volumes) != 3 || l.Volumes[0].Name != "qs.a" || l.Volumes[0].Size != 4<<20 ||
+		l.Volumes[0].Used != -1 || !slices.Equal(l.Volumes[1].Tags, []string{"q:r=eyJvd25lciI6Im1lIn0", "q:t=e.00000001::1cf2a5c3"}) {
+		t.Errorf("%+v, %v", l, err)
+	}
+	if l, err := parseVolumes(fixture(t, "lvs-empty.json")); err != nil || len(l.Volumes) != 0 {
+		t.Errorf("an empty report: %+v, %v", l, err)
+	}
+	p, err := g.parsePool(fixture(t, "pool.json"), "pool")
+	if err != nil || p.Size != 64<<20 || p.MetadataSize != 4<<20 || p.DataPercent != 10.45 || p.MetadataPercent != 11.23 || !p.Zero || p.ErrorWhenFull || p.Health != "" {
+		t.Errorf("%+v, %v", p, err)
+	}
+	if _, err := g.parsePool(fixture(t, "lvs-empty.json"), "pool"); !errors.Is(err, fault.NotFound) {
+		t.Errorf("a pool that is not there: %v", err)
+	}
+	for what, report := range map[string]string{
+		"no report":       "",
+		"half a report":   `{"report": [{"lv": [{"vg_uuid"`,
+		"a field missing": `{"report": [{"lv": [{"vg_uuid":"a", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"1", "lv_tags":""}]}]}`,
+		"no number":       `{"report": [{"lv": [{"vg_uuid":"a", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"4.00m", "lv_tags":"", "pool_lv":""}]}]}`,
+	} {
+		if l, err := parseVolumes([]byte(report)); !errors.Is(err, fault.Internal) {
+			t.Errorf("%s: %+v, %v", what, l, err)
+		}
+	}
+}
+
+// fake answers every program with the same, and remembers.
+type fake struct {
+	res     host.Result
+	err     error
+	ctx     context.Context
+	command host.Command
+}
+
+func (f *fake) Run(ctx context.Context, c host.Command) (host.Result, error) {
+	f.ctx, f.command = ctx, c
+	return f.res, f.err
+}
+
+func TestChangesAreNotKilledByTheirCaller(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	f := &fake{}
+	g := New(f, "data", Options{Devices: []string{"/dev/a", "/dev/b"}})
+	if err := g.CreateRecord(ctx, "qt.a", "q:t=a::0", "q:r=b"); err != nil {
+		t.Fatal(err)
+	}
+	cancel()
+	if f.ctx.Err() != nil {
+		t.Error("the program would have been killed half-way")
+	}
+	line := f.command.String()
+	for _, want := range []string{"lvm lvcreate ", "--devices /dev/a,/dev/b", "-an", "--addtag q:t=a::0 --addtag q:r=b", "backup=0"} {
+		if !strings.Contains(line, want) {
+			t.Errorf("%q is not in %q", want, line)
+		}
+	}
+	f.command = host.Command{}
+	if err := g.CreateRecord(ctx, "qt.b"); !errors.Is(err, fault.Canceled) || f.command.Name != "" {
+		t.Errorf("a call whose caller has gone: %v, and %q was run", err, f.command)
+	}
+}
+
+func TestAGroupWithADiskMissingKeepsItsVolumes(t *testing.T) {
+	f := &fake{} // what lvremove says where its selection matches nothing: nothing
+	if err := New(f, "data", Options{}).RemoveRecord(t.Context(), "qt.a"); !errors.Is(err, fault.Unavailable) {
+		t.Errorf("nothing was removed: %v", err)
+	}
+	if !strings.Contains(f.command.String(), "-S vg_missing_pv_count=0") {
+		t.Errorf("%q would remove from a group with a disk missing", f.command)
+	}
+}
+
+func TestNamesAreQuoted(t *testing.T) {
+	have := Names([]string{"quarry"}, []string{"qt.e.", "qt-"})
+	if want := `lv_name="quarry"||lv_name=~"^qt[.]e[.]"||lv_name=~"^qt-"`; have != want {
+		t.Errorf("%s, want %s", have, want)
+	}
+	if have := DeviceName("my-group", "qs.a-1"); have != "my--group-qs.a--1" {
+		t.Errorf("device name %q", have)
+	}
+}
