@@ -219,7 +219,7 @@ func TestExitStatus(t *testing.T) {
 		"images --kind both":          {1, `error: --kind "both" is not allowed: volume or snapshot`},
 		"chain":                       {1, `error: accepts 1 arg(s), received 0`},
 		"imagse":                      {1, ""},
-		"engine check zfs":            {1, `error: engine "zfs" is unknown: only "dir" is known`},
+		"engine check zfs":            {1, `error: engine "zfs" is unknown: known are "dir", "lvm"`},
 		"engine check dir --param p":  {1, `error: --param "p": must be NAME=VALUE, once for each name`},
 		"engine check dir --param p=": {1, `error: parameter "p" is unknown to engine "dir": only "path" is known`},
 		"engine check dir":            {1, `error: --param path="": the absolute path of an existing directory is needed`},

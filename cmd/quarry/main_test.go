@@ -75,7 +75,7 @@ func TestABadConfigurationIsOneLineAndStatusOne(t *testing.T) {
 		more    []string
 		want    string // {DIR} stands for the place
 	}{
-		"unknown engine":      {"domains:\n- {name: a, engine: zfs}\n", nil, `{DIR}/domains.yaml:2: domain "a": domains[0].engine: engine "zfs" is unknown: only "dir" is known`},
+		"unknown engine":      {"domains:\n- {name: a, engine: zfs}\n", nil, `{DIR}/domains.yaml:2: domain "a": domains[0].engine: engine "zfs" is unknown: known are "dir", "lvm"`},
 		"no such directory":   {"domains:\n- {name: a, engine: dir, params: {path: /nonexistent/x}}\n", nil, `open in domain a: parameter "path": /nonexistent/x does not exist: create the directory or mount its file system`},
 		"broken YAML":         {"domains: [\n", nil, `{DIR}/domains.yaml: yaml: line 1: did not find expected node content`},
 		"no domains file":     {oneDomain, []string{"--domains", "/nonexistent"}, `domains file: stat /nonexistent: no such file or directory`},

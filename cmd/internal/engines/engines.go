@@ -8,6 +8,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/domain"
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/engines/dir"
+	"github.com/quarry-csi/quarry/pkg/engines/lvm"
 	"github.com/quarry-csi/quarry/pkg/host"
 )
 
@@ -21,6 +22,13 @@ func Registry(run host.Runner) domain.Registry {
 			Params:    dir.Params,
 			Scope:     domain.ScopeNode,
 			Directory: "path",
+		},
+		"lvm": {
+			Open: func(ctx context.Context, params, _ map[string]string) (engine.Engine, error) {
+				return lvm.Open(ctx, params, run)
+			},
+			Params: lvm.Params,
+			Scope:  domain.ScopeNode,
 		},
 	}
 }

@@ -8,14 +8,14 @@ import (
 )
 
 func TestConformanceThick(t *testing.T) {
-	enginetest.Run(t, enginetest.Harness{Expect: []engine.Capability{engine.CapMeter}, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
+	enginetest.Run(t, enginetest.Harness{Slow: true, Expect: []engine.Capability{engine.CapMeter}, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
 		return newGroup(t, 600).opener()
 	}})
 }
 
 func TestConformanceThin(t *testing.T) {
 	expect := []engine.Capability{engine.CapSnapshot, engine.CapClone, engine.CapMeter}
-	enginetest.Run(t, enginetest.Harness{Expect: expect, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
+	enginetest.Run(t, enginetest.Harness{Slow: true, Expect: expect, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
 		return newGroup(t, 600).withPool(t, "300m", "4m").opener()
 	}})
 }

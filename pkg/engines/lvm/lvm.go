@@ -152,7 +152,7 @@ func (e *lvmEngine) checkGroup(info lvm.Info) error {
 	case info.Exported:
 		return fault.New(fault.Permission, "volume group %s is exported, so it is about to move to another host: vgimport it here, if it is to stay", e.name)
 	case info.ReadOnly:
-		return fault.New(fault.Permission, "volume group %s is read-only: vgchange --permission rw", e.name)
+		return fault.New(fault.Permission, "volume group %s is read-only (vgs -o vg_permissions): it must be writeable", e.name)
 	case info.Missing > 0:
 		return e.missing(info.Missing)
 	case info.Extent < 512 || info.Extent&(info.Extent-1) != 0:
