@@ -275,9 +275,10 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	if a == nil || a.Generation != generation {
 		return Staging{}, fault.New(fault.InUse, "volume %s is not attached to node %s with generation %d any more: attach it again", h, node, generation)
 	}
-	if a.Block && !a.ReadOnly && !rec.Used {
+	if a.Block && !a.ReadOnly && !rec.Used && rec.Crypt == 0 {
 		// A raw block volume holds its user's bytes from now on: it must never
-		// be taken for one that may be formatted.
+		// be taken for one that may be formatted. An encrypted one gets its header
+		// first, and then the node says Formatted.
 		rec.Used = true
 		if err := d.commit(ctx, img, rec, slab); err != nil {
 			return Staging{}, err
@@ -294,8 +295,9 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	return st, nil
 }
 
-// Formatted seals that a fresh image now carries a filesystem. The node calls
-// it after formatting and flushing, before the first mount.
+// Formatted seals that a fresh image now carries a filesystem, or, with "" for it, the
+// header of an encrypted raw block volume. The node calls it after formatting and
+// flushing, before the first mount or use.
 func (m *Manager) Formatted(ctx context.Context, h Handle, node, filesystem string) error {
 	img, err := m.volume(h)
 	if err != nil {

@@ -22,7 +22,7 @@ func (m *Manager) CreateVolume(ctx context.Context, r CreateRequest) (Image, err
 	if err := checkName("volume", r.Name); err != nil {
 		return Image{}, err
 	}
-	asked := fingerprint(r.Domains, r.Layout, r.Accesses, r.Size, r.Limit, r.Source, r.Params)
+	asked := fingerprint(r.Domains, r.Layout, r.Accesses, r.Size, r.Limit, r.Source, r.Params, r.Encrypted)
 	return do(ctx, m, spaceVolume+"/"+r.Name, "create volume", r.Name, asked, func(ctx context.Context, op *operation) (Image, error) {
 		return m.createVolume(ctx, op, r)
 	})
@@ -119,8 +119,10 @@ func (c *creation) compare(d *domain, rec record) error {
 		return err
 	case layout != rec.layout():
 		return differs("layout", rec.layout(), layout)
-	case rec.Size < r.Size || r.Limit > 0 && rec.Size > r.Limit:
-		return differs("size", sizeRange(rec.Size, 0), sizeRange(r.Size, r.Limit))
+	case rec.payload() < r.Size || r.Limit > 0 && rec.payload() > r.Limit:
+		return differs("size", sizeRange(rec.payload(), 0), sizeRange(r.Size, r.Limit))
+	case (rec.Crypt > 0) != r.Encrypted:
+		return differs("encryption", encryption(rec.Crypt > 0), encryption(r.Encrypted))
 	case !c.m.same(rec.Source, r.Source):
 		return differs("source", orNone(rec.Source), orNone(r.Source))
 	case !maps.Equal(rec.Params, r.Params):
@@ -155,9 +157,12 @@ func (c *creation) plan(ctx context.Context) (err error) {
 			return err
 		}
 		c.srcRec, _ = c.src.snapshot()
-		srcLayout, srcSize = c.srcRec.layout(), c.srcRec.Size
+		srcLayout, srcSize = c.srcRec.layout(), c.srcRec.payload()
 	}
 	if c.layout, err = decideLayout(c.r.Layout, c.r.Accesses, srcLayout); err != nil {
+		return err
+	}
+	if err := c.checkEncryption(ctx); err != nil {
 		return err
 	}
 	c.fs = filesystemOf(c.r.Accesses, c.layout)
@@ -197,7 +202,7 @@ func (c *creation) run(ctx context.Context) (Image, error) {
 		return Image{}, err
 	}
 	defer release()
-	rec := record{Name: c.r.Name, Kind: string(c.layout.Kind()), Mutable: true, Op: opCreate, Size: c.size,
+	rec := record{Name: c.r.Name, Kind: string(c.layout.Kind()), Mutable: true, Op: opCreate, Size: c.size, Crypt: c.r.header(),
 		Source: c.r.Source, SrcVol: c.r.Source != "" && c.r.SourceMutable, Created: c.m.cfg.Now().UnixMilli(), Params: c.r.Params}
 	if c.r.Tuning != (Tuning{}) {
 		rec.Tuning = &c.r.Tuning

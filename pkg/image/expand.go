@@ -39,9 +39,9 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 		return Image{}, err
 	}
 	rec, slab := img.snapshot()
-	if size <= rec.Size && size >= 0 {
-		if limit > 0 && rec.Size > limit {
-			return Image{}, fault.New(fault.OutOfRange, "the volume has %d bytes, more than the limit %d: volumes never shrink", rec.Size, limit)
+	if size <= rec.payload() && size >= 0 {
+		if limit > 0 && rec.payload() > limit {
+			return Image{}, fault.New(fault.OutOfRange, "the volume has %d bytes, more than the limit %d: volumes never shrink", rec.payload(), limit)
 		}
 		return m.view(img), nil
 	}
@@ -49,7 +49,7 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if rec.layout() == LayoutDirectory {
 		maxSlab = 0
 	}
-	if size, err = sizeFor(size, limit, 0, d.desc.Granularity, rec.FS, maxSlab); err != nil {
+	if size, err = slabSizeFor(size, limit, 0, d.desc.Granularity, rec.FS, maxSlab, rec.Crypt); err != nil {
 		return Image{}, err
 	}
 	if _, _, err := d.allocated(ctx, rec, slab); err != nil { // a truncated slab is not grown over its hole

@@ -113,7 +113,7 @@ func (c *creation) fits(ctx context.Context, d *domain, srcSize int64) (int64, e
 	if c.layout == LayoutDirectory {
 		maxSlab = 0
 	}
-	size, err := sizeFor(c.r.Size, c.r.Limit, srcSize, d.desc.Granularity, c.fs, maxSlab)
+	size, err := slabSizeFor(c.r.Size, c.r.Limit, srcSize, d.desc.Granularity, c.fs, maxSlab, c.r.header())
 	if err != nil {
 		return 0, err
 	}

@@ -116,7 +116,7 @@ func (d *domain) checkReach(accesses []Access, layout Layout) error {
 func (d *domain) checkParams(params map[string]string) error {
 	for _, k := range slices.Sorted(maps.Keys(params)) {
 		if _, ok := d.desc.Params[k]; !ok {
-			known := append([]string{"chainLimit", "domain", "domains", "layout", "quiesceLimit", "requireNative", "restorePlacement"},
+			known := append([]string{"chainLimit", "domain", "domains", "encrypted", "layout", "quiesceLimit", "requireNative", "restorePlacement"},
 				slices.Collect(maps.Keys(d.desc.Params))...)
 			slices.Sort(known)
 			return fault.New(fault.Invalid, "parameter %q is unknown in domain %s (engine %s): known are %s", k, d.id, d.cfg.Engine, strings.Join(known, ", "))

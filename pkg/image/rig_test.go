@@ -96,6 +96,8 @@ type rig struct {
 	clock  *clock
 	agents *agents
 	config func(*image.DomainConfig)
+	// mapAgents, if not nil, is asked in place of agents.
+	mapAgents image.Agents
 	*image.Manager
 }
 
@@ -112,7 +114,11 @@ func newRig(t testing.TB, domains ...string) *rig {
 // start opens a new manager over the same directories.
 func (r *rig) start() *rig {
 	r.t.Helper()
-	r.Manager = image.New(image.Config{Installation: "test", Agents: r.agents, Mover: mover.New(mover.Options{}), Now: r.clock.Now, CollectEvery: -1})
+	var asked image.Agents = r.agents
+	if r.mapAgents != nil {
+		asked = r.mapAgents
+	}
+	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Mover: mover.New(mover.Options{}), Now: r.clock.Now, CollectEvery: -1})
 	for name, path := range r.dirs {
 		e, err := dir.Open(r.ctx, map[string]string{"path": path}, host.Exec{})
 		r.must(err)

@@ -135,7 +135,7 @@ func (c *cutting) intend(ctx context.Context, verb, group string) error {
 	}
 	defer release()
 	c.rec = record{Name: c.name, Kind: rec.Kind, Op: verb, Size: rec.Size, Alloc: alloc, Source: d.handle(c.src).String(), SrcVol: true,
-		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group}
+		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group, Crypt: rec.Crypt}
 	c.img, err = d.intend(ctx, c.op, c.rec)
 	return err
 }

@@ -123,6 +123,8 @@ type Image struct {
 	Inexact bool
 	// How its content came to be: "native: reflink", "default: copy", ....
 	How string
+	// Encrypted: its slabs hold ciphertext, and a header beside Size.
+	Encrypted bool
 	// Params that were asked for at creation and count for idempotency.
 	Params map[string]string
 	// Mutable parameters in force.
@@ -188,6 +190,8 @@ type CreateRequest struct {
 	RequireNative []engine.Capability
 	// RestoreToSource places on the source's domain rather than moving the data.
 	RestoreToSource bool
+	// Encrypted: what is written to the slab is ciphertext.
+	Encrypted bool
 	// Params for the engine.
 	Params    map[string]string
 	Tuning    Tuning
@@ -242,7 +246,9 @@ type Staging struct {
 	// Domain is the domain's ID, whatever name of it the handle has.
 	Domain string
 	Layout Layout
-	Size   int64 // bytes that users see
+	Size   int64 // bytes of the chain: what users see, and Crypt
+	// Crypt is how many bytes a LUKS2 header takes before what users see; 0: not encrypted.
+	Crypt int64
 	// Slabs from head to base.
 	Slabs    []SlabRef
 	ReadOnly bool
