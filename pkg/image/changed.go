@@ -1,7 +1,6 @@
 package image
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -35,7 +34,8 @@ type Content struct {
 
 // Allocated lists the parts of a snapshot that may hold something else than
 // zeros, from byte `from` on. emit is called with extents in order, without
-// overlaps, inside [from, size of the snapshot); its error ends the listing.
+// overlaps, inside [from, size of the snapshot); its error ends the listing. Of
+// an encrypted snapshot that is its payload, and what was never written reads as noise.
 //
 // The list may hold more than was ever written: a storage or a file system allocates
 // whole blocks, a layer whole chunks, and a device that cannot tell counts from
@@ -49,6 +49,7 @@ func (m *Manager) Allocated(ctx context.Context, h Handle, from int64, emit func
 	if err != nil {
 		return err
 	}
+	from, emit = target.behindHeader(from, emit)
 	return m.listing(ctx, "list allocated blocks", target, func(ctx context.Context, op *operation) error {
 		defer target.read()()
 		native := target.d.tells(target)
@@ -88,6 +89,7 @@ func (m *Manager) Changed(ctx context.Context, base, target Handle, from int64, 
 		source, _ := t.snapshot()
 		return fault.New(fault.Invalid, "snapshot %s is no earlier state of snapshot %s: the base must be a snapshot of volume %s, or of one that it was cloned from, made before", base, target, source.Source)
 	}
+	from, emit = t.behindHeader(from, emit)
 	return m.listing(ctx, "list changed blocks", t, func(ctx context.Context, op *operation) error {
 		defer b.read()()
 		defer t.read()()
@@ -158,111 +160,6 @@ func (m *Manager) compare(ctx context.Context, op *operation, base, target *imag
 	return m.cfg.Mover.Compare(ctx, sides[0], sides[1], ranges, emit)
 }
 
-// tells says whether the storage can tell what an image's slab holds: of a layer
-// that would not be the image's content.
-func (d *domain) tells(img *image) bool {
-	rec, _ := img.snapshot()
-	return d.caps.Differ != nil && rec.Chunk == 0
-}
-
-// allocation lists where an image may hold something. The caller counts as its reader.
-func (m *Manager) allocation(ctx context.Context, img *image) ([]engine.Extent, error) {
-	line, err := m.still(ctx, img)
-	if err != nil {
-		return nil, err
-	}
-	n := len(line) - 1
-	list, err := m.layers(ctx, line[:n])
-	if err != nil {
-		return nil, err
-	}
-	data, err := m.data(ctx, line[n])
-	return union(list, data), err
-}
-
-// layers lists what these layers hold.
-func (m *Manager) layers(ctx context.Context, images []*image) ([]engine.Extent, error) {
-	var lists [][]engine.Extent
-	for _, img := range images {
-		list, err := m.inSlab(ctx, img, m.cfg.Mover.LayerExtents)
-		if err != nil {
-			return nil, err
-		}
-		lists = append(lists, list)
-	}
-	return union(lists...), nil
-}
-
-// data lists what a raw slab holds.
-func (m *Manager) data(ctx context.Context, img *image) ([]engine.Extent, error) {
-	_, slab := img.snapshot()
-	if img.d.tells(img) {
-		list, err := img.d.caps.Differ.DiffSlabs(ctx, "", slab)
-		if !errors.Is(err, engine.ErrDeclined) {
-			return clip(union(list), 0, img.size()), fault.In(err, "list the extents of", img.d.id, slab)
-		}
-	}
-	return m.inSlab(ctx, img, m.cfg.Mover.DataExtents)
-}
-
-// inSlab asks about an image's own slab. The answer is cut to the image's size.
-func (m *Manager) inSlab(ctx context.Context, img *image, ask func(context.Context, string, int64) ([]engine.Extent, error)) (list []engine.Extent, err error) {
-	rec, slab := img.snapshot()
-	a, err := img.d.engine.AttachSlab(ctx, slab, engine.AttachOptions{ReadOnly: true})
-	if err == nil {
-		list, err = ask(ctx, a.Path, rec.need())
-		err = errors.Join(err, img.d.engine.DetachSlab(context.WithoutCancel(ctx), slab))
-	}
-	return clip(list, 0, rec.Size), fault.In(err, "list the extents of", img.d.id, slab)
-}
-
-// still is the images whose slabs make up img's chain, img first, none of which
-// is being merged, nor will be while the caller counts as a reader of img.
-func (m *Manager) still(ctx context.Context, img *image) ([]*image, error) {
-	d := img.d
-	if err := img.usable(); err != nil {
-		return nil, err
-	}
-	d.mu.Lock()
-	line, err := d.line(img)
-	d.mu.Unlock()
-	for _, i := range line {
-		if err == nil {
-			err = m.endMerges(ctx, i)
-		}
-	}
-	if err != nil {
-		return nil, fault.In(err, "read the chain of", d.id, img.id)
-	}
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.line(img) // one that had ended made it shorter
-}
-
-// endMerges stops every merge of img's layer that may be running, also one that
-// an earlier manager began.
-func (m *Manager) endMerges(ctx context.Context, img *image) error {
-	d := img.d
-	d.mu.Lock()
-	below := d.images[img.below()]
-	due := below != nil && d.finished(below)
-	d.mu.Unlock()
-	if !due {
-		return nil
-	}
-	release, err := img.hold(ctx, nil) // nobody is in the middle of a step
-	if err != nil {
-		return err
-	}
-	defer release()
-	for _, n := range d.stagedOn(img) {
-		if err := m.stopMergeOn(ctx, img, n); err != nil {
-			return err
-		}
-	}
-	return m.stopMerge(ctx, img)
-}
-
 // blocksOf finds a snapshot whose blocks can be listed from byte `from` on.
 func (m *Manager) blocksOf(h Handle, from int64) (*image, error) {
 	img, err := m.find(h)
@@ -275,10 +172,42 @@ func (m *Manager) blocksOf(h Handle, from int64) (*image, error) {
 		return nil, fault.New(fault.NotFound, "%s is a volume, not a snapshot", h)
 	case rec.Kind != string(engine.Block):
 		return nil, fault.New(fault.Unsupported, "snapshot %s is a %s: only that of a block device or of a filesystem on one has blocks", h, rec.layout())
-	case from < 0 || from > rec.Size:
-		return nil, fault.New(fault.OutOfRange, "starting offset %d: 0 to %d, the size of snapshot %s, are allowed", from, rec.Size, h)
+	case from < 0 || from > rec.payload():
+		return nil, fault.New(fault.OutOfRange, "starting offset %d: 0 to %d, the size of snapshot %s, are allowed", from, rec.payload(), h)
 	}
 	return img, img.usable()
+}
+
+// behindHeader translates between offsets that users see and those of the slab,
+// which an encrypted image's header comes first in.
+func (img *image) behindHeader(from int64, emit func([]engine.Extent) error) (int64, func([]engine.Extent) error) {
+	rec, _ := img.snapshot()
+	if rec.Crypt == 0 {
+		return from, emit
+	}
+	return from + rec.Crypt, func(list []engine.Extent) error {
+		seen := slices.Clone(list)
+		for i := range seen {
+			seen[i].Offset -= rec.Crypt
+		}
+		return emit(seen)
+	}
+}
+
+// listing runs fn in the caller's context as an operation that operators see.
+func (m *Manager) listing(ctx context.Context, verb string, img *image, fn func(context.Context, *operation) error) error {
+	h := img.d.handle(img).String()
+	op, _, err := m.ops.start(m, verb+"/"+h+"/"+nonce(), verb, h, "")
+	if err != nil {
+		return err
+	}
+	defer m.ops.wg.Done()
+	op.at(img.d.id, img.id)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(m.ctx, cancel)() // when the manager closes
+	m.finish(ctx, op, nil, fn(ctx, op))
+	return op.err
 }
 
 // descends says whether target is a later state of what base is a state of.
@@ -334,64 +263,4 @@ func (img *image) before(other *image) bool {
 	a, _ := img.snapshot()
 	b, _ := other.snapshot()
 	return a.Created < b.Created
-}
-
-func (img *image) size() int64 {
-	rec, _ := img.snapshot()
-	return rec.Size
-}
-
-// listing runs fn in the caller's context as an operation that operators see.
-func (m *Manager) listing(ctx context.Context, verb string, img *image, fn func(context.Context, *operation) error) error {
-	h := img.d.handle(img).String()
-	op, _, err := m.ops.start(m, verb+"/"+h+"/"+nonce(), verb, h, "")
-	if err != nil {
-		return err
-	}
-	defer m.ops.wg.Done()
-	op.at(img.d.id, img.id)
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	defer context.AfterFunc(m.ctx, cancel)() // when the manager closes
-	m.finish(ctx, op, nil, fn(ctx, op))
-	return op.err
-}
-
-// send gives the part of list that lies in [from, to) to emit.
-func send(list []engine.Extent, from, to int64, emit func([]engine.Extent) error) error {
-	if list = clip(union(list), from, to); len(list) == 0 {
-		return nil
-	}
-	return emit(list)
-}
-
-// union is what at least one of the lists holds, in order, without overlaps or
-// touching parts. The lists may be in any order.
-func union(lists ...[]engine.Extent) []engine.Extent {
-	all := slices.Concat(lists...)
-	byOffset := func(a, b engine.Extent) int { return cmp.Compare(a.Offset, b.Offset) }
-	if !slices.IsSortedFunc(all, byOffset) {
-		slices.SortFunc(all, byOffset)
-	}
-	out := all[:0]
-	for _, e := range all {
-		if n := len(out); n > 0 && e.Offset <= out[n-1].Offset+out[n-1].Length {
-			out[n-1].Length = max(out[n-1].Length, e.Offset+e.Length-out[n-1].Offset)
-		} else if e.Length > 0 {
-			out = append(out, e)
-		}
-	}
-	return out
-}
-
-// clip is the part of an ordered list that lies in [from, to).
-func clip(list []engine.Extent, from, to int64) []engine.Extent {
-	var out []engine.Extent
-	for _, e := range list {
-		start, end := max(e.Offset, from), min(e.Offset+e.Length, to)
-		if start < end {
-			out = append(out, engine.Extent{Offset: start, Length: end - start})
-		}
-	}
-	return out
 }

@@ -46,6 +46,7 @@ type Quarry struct {
 	csi.IdentityClient
 	csi.ControllerClient
 	csi.GroupControllerClient
+	csi.SnapshotMetadataClient
 	csi.NodeClient
 	Config
 
@@ -99,6 +100,7 @@ func New(c Config) (*Quarry, error) {
 	q.conn = conn
 	q.IdentityClient, q.ControllerClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn)
 	q.GroupControllerClient, q.NodeClient = csi.NewGroupControllerClient(conn), csi.NewNodeClient(conn)
+	q.SnapshotMetadataClient = csi.NewSnapshotMetadataClient(conn)
 	return q, nil
 }
 
