@@ -86,7 +86,7 @@ func (d *domain) list() []*image {
 	defer d.mu.Unlock()
 	var out []*image
 	for _, img := range d.images {
-		if len(img.old) > 0 || !img.rec.Strong || img.pending != nil {
+		if len(img.old) > 0 || !img.rec.Strong || img.pending != nil || img.merging == nil && d.held(img) {
 			out = append(out, img)
 		}
 	}
@@ -122,6 +122,9 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 		if rec, _ := img.snapshot(); !rec.Strong {
 			return d.sweep(ctx, img)
 		}
+	}
+	if err := d.endHold(ctx, img); err != nil {
+		return err
 	}
 	if dead {
 		if err := d.dispose(ctx, img); err != nil {

@@ -332,6 +332,28 @@ func (d *domain) endMerge(ctx context.Context, op *operation, img, below *image,
 	return nil
 }
 
+// held says whether a merge holds the image on a node. The caller holds d.mu.
+func (d *domain) held(img *image) bool {
+	for _, a := range img.attached {
+		if a.Mode == ModeMerging {
+			return true
+		}
+	}
+	return false
+}
+
+// endHold gives an image free that a manager that is gone had held for a merge
+// which it had ended, or which is not due any more. The caller holds img's lock.
+func (d *domain) endHold(ctx context.Context, img *image) error {
+	d.mu.Lock()
+	left := d.held(img) && img.merging == nil && d.mergeable(img) != nil
+	d.mu.Unlock()
+	if !left {
+		return nil
+	}
+	return d.m.stopMerge(ctx, img)
+}
+
 // heldForMerge is the node on which a merge holds the image, or "".
 func (img *image) heldForMerge() string {
 	img.d.mu.Lock()

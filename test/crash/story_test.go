@@ -70,6 +70,7 @@ func (s *story) snapshot(name string, of image.Image) image.Image {
 func (s *story) check() {
 	w := s.w
 	w.t.Helper()
+	w.waitForMerges() // what was listed must not change while it is read
 	seen := map[string]image.Handle{}
 	members := map[string]int{}
 	for _, img := range w.list(w.process) {
