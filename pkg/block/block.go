@@ -17,6 +17,8 @@
 //   - The top is "linear" over the head's device. It carries the size and
 //     whether the image is read-only, it is what is mounted, and it is all that
 //     is switched when a layer is added or has been merged.
+//   - Over the top of an encrypted image stands a "crypt" device, and that is
+//     what is mounted. Everything below it holds ciphertext and a LUKS2 header.
 //
 // Without device-mapper an image is one raw slab and its top a loop device;
 // a View is a loop device always, over a top.
@@ -76,9 +78,12 @@ type Spec struct {
 	Use   Use
 	// Slabs from head to base: layers, and last a raw slab.
 	Slabs []Slab
-	// Size in bytes as recorded; never taken from the slab.
+	// Size in bytes as recorded; never taken from the slab. Of an encrypted image
+	// with its header.
 	Size     int64
 	ReadOnly bool
+	// Crypt is nil for an image that is not encrypted.
+	Crypt *Crypt
 }
 
 // Device is a top that is there.
@@ -87,6 +92,9 @@ type Device struct {
 	Use      Use
 	Size     int64 // bytes
 	ReadOnly bool
+	// Locked: the image is encrypted and its device was not opened, or not to the
+	// end. Path is the ciphertext's: for nobody but Detach and Attach.
+	Locked bool
 	// DirectIO: no slab is cached a second time below the device.
 	DirectIO bool
 	// Note says what an operator should know; may be empty.
@@ -98,6 +106,7 @@ type Device struct {
 
 	loop   *host.Loop   // one of the two
 	mapped *host.Mapped // the other
+	crypt  *host.Mapped // what stands over mapped, of an encrypted image
 }
 
 // Devices builds and finds devices on this host. Its methods may be called by
@@ -112,6 +121,7 @@ type Devices struct {
 	able  bool                     // Layers was nil once
 	why   error                    // or this
 	asked time.Time                // then
+	crypt bool                     // Encrypts was nil once
 }
 
 // Layers says whether chains can be built here: nil, or fault.Unsupported with
@@ -141,7 +151,14 @@ func (d *Devices) Layers(ctx context.Context) error {
 // fault.InUse: it exists read-only and in use and should not be, or the reverse; or a
 // device under our name is not what it should be. fault.Conflict: it is in
 // use with a chain that this one does not continue.
+//
+// Of an encrypted image also, when it was not open: fault.Permission: the passphrase is
+// wrong. fault.Corrupt: its header is damaged, or Format found something else.
+// fault.Unsupported: see Encrypts.
 func (d *Devices) Attach(ctx context.Context, spec Spec) (Device, error) {
+	if spec.Crypt != nil {
+		return d.attachCrypt(ctx, spec)
+	}
 	plain, err := d.plain(ctx, spec)
 	if err != nil {
 		return Device{}, err

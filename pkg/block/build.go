@@ -65,7 +65,7 @@ func (d *Devices) attachTop(ctx context.Context, w *world, spec Spec) (host.Mapp
 	uuid := topUUID(spec.Use, spec.Owner)
 	old := w.uuid(uuid)
 	if old == nil || old.Targets == nil {
-		m, err := d.host().CreateMapped(ctx, nameOf(uuid), uuid, spec.ReadOnly, linear(head, spec.Size))
+		m, err := d.host().CreateMapped(ctx, spec.topName(), uuid, spec.ReadOnly, linear(head, spec.Size))
 		if err == nil {
 			w.put(m)
 		}
@@ -76,8 +76,8 @@ func (d *Devices) attachTop(ctx context.Context, w *world, spec Spec) (host.Mapp
 		return m, err
 	}
 	t := read(m)
-	if t.kind != "linear" {
-		return m, strange(m, "a linear device over the image's head")
+	if t.kind != "linear" || sealed(m) != (spec.Crypt != nil) {
+		return m, strange(m, "a linear device over the image's head, with the name "+spec.topName())
 	}
 	if t.under != head {
 		if err := d.move(ctx, w, []step{{top: m, levels: levels}}); err != nil {

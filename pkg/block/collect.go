@@ -26,7 +26,19 @@ func (d *Devices) detach(ctx context.Context, dev Device) error {
 		return err
 	}
 	for _, upper := range w.above(number(now.Major, now.Minor)) {
+		if upper, err = d.awake(ctx, w, upper); err != nil {
+			return err
+		}
+		if upper.Open == 0 {
+			if err := d.host().FlushDevice(ctx, upper.Path); err != nil {
+				return err
+			}
+		}
 		if err := d.host().RemoveMapped(ctx, upper); err != nil {
+			return err
+		}
+		w.forget(upper.UUID)
+		if now, err = d.again(ctx, w, now); err != nil {
 			return err
 		}
 	}

@@ -35,6 +35,13 @@ func (d *Devices) Grow(ctx context.Context, dev Device, size int64) (Device, err
 	if t.kind != "linear" {
 		return dev, strange(now, "a linear device over the image's head")
 	}
+	if sealed(now) {
+		header, err := w.header(now)
+		if err != nil {
+			return dev, err
+		}
+		size += header
+	}
 	if now.Size < size {
 		if err := d.growUnder(ctx, w, t.under, size); err != nil {
 			return dev, err
@@ -43,7 +50,9 @@ func (d *Devices) Grow(ctx context.Context, dev Device, size int64) (Device, err
 			return dev, err
 		}
 	}
-	dev, _ = w.top(&now)
+	if dev, _ = w.top(&now); dev.crypt != nil {
+		return d.growCrypt(ctx, dev)
+	}
 	return dev, nil
 }
 

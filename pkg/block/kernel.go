@@ -195,7 +195,10 @@ func (w *world) top(m *host.Mapped) (Device, bool) {
 	if !ok {
 		return Device{}, false
 	}
-	dev := Device{Path: m.Path, Use: use, Size: m.Size, ReadOnly: m.ReadOnly, DirectIO: true, mapped: m}
+	dev := Device{Path: m.Path, Use: use, Size: m.Size, ReadOnly: m.ReadOnly, DirectIO: true, mapped: m, Locked: sealed(*m)}
+	if c := w.uuid(cryptOf(m.UUID)); dev.Locked && c != nil {
+		dev.opened(c)
+	}
 	for num, first := w.content(read(*m).under), true; num != ""; first = false {
 		next, slab := "", num
 		if layer := w.number(num); layer != nil {

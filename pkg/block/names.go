@@ -14,12 +14,15 @@ import (
 //	top     quarry-<use>-<owner>          QUARRY-<use>-<owner>
 //	layer   quarry-s-<domain>-<slab>      QUARRY-s-<domain>-<slab>
 //	pad     quarry-o-<domain>-<slab>      QUARRY-o-<domain>-<slab>, slab: the layer's
+//	crypt   quarry-c-<use>-<owner>        QUARRY-c-<use>-<owner>; the top's name ends with "-crypt" then
 //	loop    mark quarry-s-<domain>-<slab>; of a top without device-mapper quarry-<use>-<owner>
 const (
 	markPrefix = "quarry-"
 	uuidPrefix = "QUARRY-"
 	slabKind   = "s-"
 	padKind    = "o-"
+	cryptKind  = "c-"
+	cryptEnd   = "-crypt"
 	sector     = 512
 )
 
@@ -48,6 +51,19 @@ func domainHash(domain string) string { return hash(domain, 4) }
 // padOf is the UUID of the pad under a layer's device.
 func padOf(layer string) string {
 	return uuidPrefix + padKind + strings.TrimPrefix(layer, uuidPrefix+slabKind)
+}
+
+// cryptOf is the UUID of the crypt device over a top.
+func cryptOf(top string) string { return uuidPrefix + cryptKind + strings.TrimPrefix(top, uuidPrefix) }
+
+// topName is the name of a spec's top. It says whether a crypt device belongs
+// over it: what is under it must not be taken for the image's content then.
+func (s Spec) topName() string {
+	name := nameOf(topUUID(s.Use, s.Owner))
+	if s.Crypt != nil {
+		name += cryptEnd
+	}
+	return name
 }
 
 // nameOf is the name that goes with a UUID.

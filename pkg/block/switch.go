@@ -144,7 +144,13 @@ func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
 			return err
 		}
 		devices = append(devices, s.top)
-		devices = append(devices, w.above(number(s.top.Major, s.top.Minor))...) // the filesystem is on these
+		for _, upper := range w.above(number(s.top.Major, s.top.Minor)) { // the filesystem is on these
+			upper, err := d.awake(ctx, w, upper)
+			if err != nil {
+				return err
+			}
+			devices = append(devices, upper)
+		}
 		if path := w.path(read(s.top).under); !slices.Contains(heads, path) {
 			heads = append(heads, path)
 		}
