@@ -144,7 +144,7 @@ func (g *Group) fresh(lv string, tags []string, args ...string) []string {
 // Extend grows a volume, active or not, to at least size bytes, a multiple of the
 // extent size. One that has as much is left alone.
 func (g *Group) Extend(ctx context.Context, lv string, size int64) error {
-	_, err := g.lvm(ctx, devices, "lvextend", "-L", inBytes(size), g.path(lv))
+	_, err := g.lvm(ctx, g.either(ctx), "lvextend", "-L", inBytes(size), g.path(lv))
 	if errors.Is(err, errLargeEnough) {
 		return nil
 	}
