@@ -15,14 +15,18 @@ import (
 	"github.com/quarry-csi/quarry/test/process"
 )
 
+// patience with what takes less than a second on an idle machine.
+const patience = 5 * time.Minute
+
 // driver is quarry standalone.
 type driver struct{ *process.Quarry }
 
-func start(t *testing.T, binary, dir, domain string) *driver {
+// start runs quarry with one domain, whose entry in the domains file this is.
+func start(t *testing.T, binary, dir, entry string) *driver {
 	t.Helper()
 	// The suite's paths are wherever it likes: no folder is the kubelet's.
 	q, err := process.New(process.Config{Binary: binary, Dir: dir, Node: "node-1", Args: []string{"-v=2", "--kubelet-dir", ""},
-		Domains: process.DomainsFile(process.Domain("local", domain, "  scope: node\n"))})
+		Domains: process.DomainsFile(entry)})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -42,17 +46,20 @@ func start(t *testing.T, binary, dir, domain string) *driver {
 // stop ends the driver as a supervisor does. Called again it does nothing.
 func (d *driver) stop(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	if err := d.Stop(ctx); err != nil {
 		t.Error(err)
 	}
 }
 
+// directory is the entry of a domain of engine dir.
+func directory(path string) string { return process.Domain("local", path, "  scope: node\n") }
+
 // openDomain asks for a volume, to learn the ID of the domain.
 func (d *driver) openDomain(t *testing.T) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	r, err := d.CreateVolume(ctx, &csi.CreateVolumeRequest{
 		Name: "probe", VolumeCapabilities: []*csi.VolumeCapability{{
@@ -70,11 +77,10 @@ func (d *driver) openDomain(t *testing.T) string {
 	return domain
 }
 
-// nothingIsLeft waits until the collector has returned all space, and looks
-// for images that the suite or the driver forgot.
-func (d *driver) nothingIsLeft(t *testing.T, domain string) {
+// noImages looks for images that the suite or the driver forgot.
+func (d *driver) noImages(t *testing.T) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
 	if r, err := d.ListVolumes(ctx, &csi.ListVolumesRequest{}); err != nil || len(r.Entries) > 0 {
 		t.Errorf("volumes are left behind: %v, %v", r, err)
@@ -82,18 +88,27 @@ func (d *driver) nothingIsLeft(t *testing.T, domain string) {
 	if r, err := d.ListSnapshots(ctx, &csi.ListSnapshotsRequest{}); err != nil || len(r.Entries) > 0 {
 		t.Errorf("snapshots are left behind: %v, %v", r, err)
 	}
-	wait(t, "the collector", 2*time.Minute, func() error {
-		for _, folder := range []string{"slabs", "tmp", "trash"} {
-			entries, err := os.ReadDir(filepath.Join(domain, folder))
-			if err != nil {
-				return err
-			}
-			if len(entries) > 0 {
-				return fmt.Errorf("%d entries are left behind in %s, such as %s", len(entries), folder, entries[0].Name())
-			}
+}
+
+// nothingIsLeft waits until the collector has returned all space of a directory.
+func (d *driver) nothingIsLeft(t *testing.T, domain string) {
+	t.Helper()
+	d.noImages(t)
+	wait(t, "the collector", patience, func() error { return emptyDirectory(domain) })
+}
+
+// emptyDirectory says what a domain of engine dir holds beside its tags.
+func emptyDirectory(domain string) error {
+	for _, folder := range []string{"slabs", "tmp", "trash"} {
+		entries, err := os.ReadDir(filepath.Join(domain, folder))
+		if err != nil {
+			return err
 		}
-		return nil
-	})
+		if len(entries) > 0 {
+			return fmt.Errorf("%d entries are left behind in %s, such as %s", len(entries), folder, entries[0].Name())
+		}
+	}
+	return nil
 }
 
 // wait asks until there is no error.

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/status"
@@ -30,8 +29,8 @@ func TestGroupSnapshot(t *testing.T) {
 			if err := os.Mkdir(domain, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			d := start(t, binary, dir, domain)
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+			d := start(t, binary, dir, directory(domain))
+			ctx, cancel := context.WithTimeout(t.Context(), patience)
 			defer cancel()
 			u := user{t: t, ctx: ctx, dir: dir, d: d}
 
@@ -68,7 +67,7 @@ func TestGroupSnapshot(t *testing.T) {
 
 			// The process ends while the volumes stay mounted; another finds all of it again.
 			d.stop(t)
-			d = start(t, binary, dir, domain)
+			d = start(t, binary, dir, directory(domain))
 			u.d = d
 			found, err := d.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members})
 			if err != nil || !slices.Equal(ids(found.GroupSnapshot), members) || !found.GroupSnapshot.CreationTime.AsTime().Equal(group.CreationTime.AsTime()) {
@@ -166,7 +165,7 @@ func (u *user) unpublish(id string) {
 	if !u.d.Running() {
 		return
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	staging, target := u.paths(id)
 	_, err := u.d.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: target})

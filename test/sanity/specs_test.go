@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	csisanity "github.com/kubernetes-csi/csi-test/v5/pkg/sanity"
 	"github.com/onsi/ginkgo/v2"
@@ -17,12 +18,20 @@ import (
 // suite per process, so every case gets a process of its own.
 const caseVariable = "QUARRY_SANITY_CASE"
 
+// focusVariable may hold a regular expression: only the specs that it matches
+// run then. It is for looking into failures; such a run says that it is one.
+const focusVariable = "QUARRY_SANITY_FOCUS"
+
+// suiteLimit is for the kernel lab, whose processor may be emulated.
+const suiteLimit = 6 * time.Hour
+
 // specCase is what one run of the suite needs to know.
 type specCase struct {
 	Address    string            // of the driver
 	Domain     string            // ID of an open domain
 	Access     string            // "mount" or "block"
 	Parameters map[string]string // of the storage class
+	Size       int64             // of volumes, in bytes; 0: the suite's own
 	Dir        string            // for staging and target paths
 	Report     string            // file for the JSON report
 }
@@ -51,6 +60,9 @@ func runSpecs(text string) int {
 	cfg.TestVolumeAccessType = c.Access
 	cfg.TestVolumeParameters = c.Parameters
 	cfg.TestVolumeMutableParameters = map[string]string{"chainLimit": "4", "quiesceLimit": "5s"}
+	if c.Size > 0 {
+		cfg.TestVolumeSize, cfg.TestVolumeExpandSize = c.Size, 2*c.Size
+	}
 	cfg.StagingPath = filepath.Join(c.Dir, "staging")
 	cfg.TargetPath = filepath.Join(c.Dir, "target")
 	cfg.IDGen = handles{c.Domain}
@@ -60,6 +72,10 @@ func runSpecs(text string) int {
 	gomega.RegisterFailHandler(ginkgo.Fail)
 	specs, reporter := ginkgo.GinkgoConfiguration()
 	reporter.JSONReport, reporter.NoColor, reporter.Succinct = c.Report, true, true
+	specs.Timeout = suiteLimit
+	if focus := os.Getenv(focusVariable); focus != "" {
+		specs.FocusStrings = []string{focus}
+	}
 	v := &verdict{}
 	if ok := ginkgo.RunSpecs(v, "csi-sanity", specs, reporter); !ok || v.failed {
 		return 1
