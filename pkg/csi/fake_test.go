@@ -30,6 +30,9 @@ type fakeManager struct {
 	checked  []image.Access
 	unfit    error             // of CheckAccess
 	extents  [][]engine.Extent // that Allocated and Changed emit, at once each
+	broken   error             // of Allocated and Changed, afterwards
+	panics   bool              // they do
+	endless  chan error        // if not nil they emit until that fails, and say here with what
 	calls    []string
 }
 
@@ -165,12 +168,21 @@ func (f *fakeManager) Changed(_ context.Context, base, target image.Handle, from
 
 // emit fails, if it has to, after everything was emitted.
 func (f *fakeManager) emit(what string, emit func([]engine.Extent) error) error {
+	if f.panics {
+		panic("boom")
+	}
+	for f.endless != nil {
+		if err := emit([]engine.Extent{{Offset: 0, Length: 1}}); err != nil {
+			f.endless <- err
+			return err
+		}
+	}
 	for _, list := range f.extents {
 		if err := emit(list); err != nil {
 			return err
 		}
 	}
-	return f.did(what)
+	return cmp.Or(f.did(what), f.broken)
 }
 
 // fakeNode remembers what it was asked.
