@@ -31,7 +31,7 @@ func (m *Mover) Compare(ctx context.Context, a, b image.Content, ranges []engine
 		sides[i] = &side{store: s, size: c.Size, direct: &direct{src: s.direct, dst: -1}}
 	}
 	c := comparison{m: m, a: sides[0], b: sides[1], emit: emit}
-	if err := c.run(ctx, ranges); err != nil {
+	if err := c.run(ctx, unshared(sides[0], sides[1], ranges)); err != nil {
 		if ctx.Err() != nil {
 			return canceled(ctx, "comparison of "+a.Path+" with "+b.Path)
 		}
