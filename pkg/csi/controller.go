@@ -67,7 +67,7 @@ func (s *Server) createRequest(req *csi.CreateVolumeRequest) (r image.CreateRequ
 	// the domain by the Image Manager.
 	return image.CreateRequest{
 		Name: req.GetName(), Domains: c.domains, Layout: c.layout, Accesses: as, Size: size, Limit: limit,
-		Source: source, SourceMutable: mutable, RequireNative: c.requireNative, RestoreToSource: c.restoreToSource,
+		Source: source, SourceMutable: mutable, RequireNative: c.requireNative, RestoreToSource: c.restoreToSource, Encrypted: c.encrypted,
 		Params: c.engine, Tuning: c.tuning, Described: c.described, Nodes: where,
 	}, nil
 }
@@ -208,6 +208,10 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 	available, largest, smallest, err := s.cfg.Manager.Capacity(ctx, domains, node)
 	if err != nil {
 		return nil, err
+	}
+	if c.encrypted { // the header is not the user's
+		available = max(0, available-image.EncryptionHeader)
+		largest = max(0, largest-image.EncryptionHeader)
 	}
 	r := &csi.GetCapacityResponse{AvailableCapacity: available}
 	if largest > 0 {
@@ -350,6 +354,9 @@ func (s *Server) validate(ctx context.Context, img image.Image, as []image.Acces
 	}
 	if c.layout != "" && c.layout != img.Layout {
 		return fault.New(fault.Invalid, "parameter %s=%q: the volume has layout %q", paramLayout, c.layout, img.Layout)
+	}
+	if v, said := req.GetParameters()[paramEncrypted]; said && c.encrypted != img.Encrypted {
+		return fault.New(fault.Invalid, "parameter %s=%q: the volume has encrypted=%t", paramEncrypted, v, img.Encrypted)
 	}
 	if len(c.domains) == 0 {
 		return nil

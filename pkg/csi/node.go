@@ -65,6 +65,7 @@ func (s *Server) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 		Handle: h, Generation: gen, StagingPath: staging, Access: a,
 		MountFlags:       req.GetVolumeCapability().GetMount().GetMountFlags(),
 		VolumeMountGroup: req.GetVolumeCapability().GetMount().GetVolumeMountGroup(),
+		Passphrase:       node.Passphrase(req.GetSecrets()[node.PassphraseKey]),
 	}); err != nil {
 		return nil, err
 	}

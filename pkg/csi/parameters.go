@@ -17,6 +17,7 @@ import (
 const (
 	paramDomain           = "domain"
 	paramDomains          = "domains"
+	paramEncrypted        = "encrypted"
 	paramLayout           = "layout"
 	paramRequireNative    = "requireNative"
 	paramRestorePlacement = "restorePlacement"
@@ -39,6 +40,7 @@ type class struct {
 	layout          image.Layout
 	requireNative   []engine.Capability
 	restoreToSource bool
+	encrypted       bool
 	tuning          image.Tuning
 	engine          map[string]string
 	described       image.Described
@@ -72,6 +74,11 @@ func parseClass(params, mutable map[string]string) (class, error) {
 			c.restoreToSource = v == "source"
 			if v != "source" && v != "move" {
 				err = unknownValue(k, v, "move", "source")
+			}
+		case k == paramEncrypted:
+			c.encrypted = v == "true"
+			if v != "true" && v != "false" {
+				err = unknownValue(k, v, "true", "false")
 			}
 		case k == paramChainLimit || k == paramQuiesceLimit:
 			tuning[k] = v
@@ -182,7 +189,7 @@ func (s *Server) checkEngineParams(ctx context.Context, c class) error {
 	if len(c.engine) == 0 {
 		return nil
 	}
-	known := []string{paramDomain, paramDomains, paramLayout, paramRequireNative, paramRestorePlacement, paramChainLimit, paramQuiesceLimit}
+	known := []string{paramDomain, paramDomains, paramEncrypted, paramLayout, paramRequireNative, paramRestorePlacement, paramChainLimit, paramQuiesceLimit}
 	domains, err := s.domains(ctx)
 	if err != nil {
 		return err

@@ -8,9 +8,9 @@ import (
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
-// cryptHeader is what a LUKS2 header takes of an encrypted image's slab: cryptsetup's
-// own default, and a multiple of what storages allocate at once.
-const cryptHeader = 16 << 20
+// EncryptionHeader is how many bytes of its slab the header of an encrypted image
+// takes: LUKS2's own default, and a multiple of what most storages allocate at once.
+const EncryptionHeader = 16 << 20
 
 // cryptSector is what is encrypted at once: encrypted images are a multiple of it.
 const cryptSector = 4 << 10
@@ -21,7 +21,7 @@ func (r *record) payload() int64 { return r.Size - r.Crypt }
 // header is what encryption adds to the slab of a new volume.
 func (r *CreateRequest) header() int64 {
 	if r.Encrypted {
-		return cryptHeader
+		return EncryptionHeader
 	}
 	return 0
 }

@@ -27,12 +27,12 @@ func TestASlabHasRoomForTheHeader(t *testing.T) {
 		{name: "a storage of small slabs", asked: mib, max: 16 * mib, unit: 4096},
 		{name: "overflow", asked: 1<<63 - 5000, unit: 4096},
 	} {
-		got, err := slabSizeFor(c.asked, c.limit, c.source, c.unit, "", c.max, cryptHeader)
+		got, err := slabSizeFor(c.asked, c.limit, c.source, c.unit, "", c.max, EncryptionHeader)
 		switch {
 		case c.want == 0 && !errors.Is(err, fault.OutOfRange):
 			t.Errorf("%s: %d %v", c.name, got, err)
-		case c.want > 0 && (err != nil || got != c.want+cryptHeader || got%c.unit != 0):
-			t.Errorf("%s: %d %v, want %d", c.name, got-cryptHeader, err, c.want)
+		case c.want > 0 && (err != nil || got != c.want+EncryptionHeader || got%c.unit != 0):
+			t.Errorf("%s: %d %v, want %d", c.name, got-EncryptionHeader, err, c.want)
 		}
 	}
 }

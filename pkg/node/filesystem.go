@@ -68,7 +68,7 @@ func chooseFilesystem(asked string, st image.Staging, readOnly bool) (string, er
 	case asked == "":
 		return defaultFilesystem, nil
 	}
-	return asked, host.CheckFilesystem(asked, st.Size)
+	return asked, host.CheckFilesystem(asked, st.Size-st.Crypt)
 }
 
 // alreadyStaged says whether the device is mounted at the staging path in the
@@ -108,7 +108,7 @@ func (n *Node) prepare(ctx context.Context, h image.Handle, st image.Staging, de
 		if !found.Empty() && (found.Type != fsType || found.Partitions != "" || found.Ambivalent) {
 			return fault.New(fault.Corrupt, "the image was never formatted, but its device shows %s: nothing was written; if that is of no value, clear it with \"wipefs -a\" on the slab, else restore the image's record", found)
 		}
-		if err := n.host.Format(ctx, dev.Path, fsType, st.Size); err != nil {
+		if err := n.host.Format(ctx, dev.Path, fsType, st.Size-st.Crypt); err != nil {
 			return n.short(ctx, h, err)
 		}
 		return n.cfg.Manager.Formatted(ctx, h, n.cfg.NodeID, fsType)

@@ -111,7 +111,7 @@ func (s state) notStaged(r PublishRequest) error {
 	switch {
 	case s.raw():
 		return fault.New(fault.InUse, "it is staged as a raw block device, and was asked for as a filesystem")
-	case r.Access.Block && (s.anchor != nil || len(s.devices) > 0):
+	case r.Access.Block && s.device(block.Raw) == nil && (s.anchor != nil || len(s.devices) > 0):
 		return fault.New(fault.InUse, "it is staged as a filesystem, and was asked for as a raw block device")
 	}
 	return fault.New(fault.InUse, "it is not staged at %q on this node: stage it first", r.StagingPath)

@@ -30,6 +30,8 @@ type StageRequest struct {
 	VolumeMountGroup string
 	// Generation is that of the attachment.
 	Generation int64
+	// Passphrase opens an encrypted image; others ignore it.
+	Passphrase Passphrase
 }
 
 // Stage makes an image usable: it attaches the slab, builds the device, makes
@@ -37,7 +39,8 @@ type StageRequest struct {
 // staged already in the same way is success. Once begun it goes on to its end
 // when ctx ends; whoever asks again meanwhile gets fault.Pending.
 //
-// fault.Invalid: the request does not fit the image. fault.Exists: something
+// fault.Invalid: the request does not fit the image. fault.Permission: the
+// passphrase is wrong. fault.Exists: something
 // else is staged at the path. fault.Corrupt: the slab is damaged. While
 // anything of the image is on the node, staged before or left by this call,
 // such an error is fault.Unavailable instead: it has to be unstaged.
@@ -109,15 +112,15 @@ func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, r
 	if r.Access.Block {
 		use = block.Raw
 	}
-	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: slabs, Size: st.Size, ReadOnly: readOnly})
+	dev, err := n.devices.Attach(ctx, block.Spec{Owner: r.Handle.String(), Use: use, Slabs: slabs, Size: st.Size, ReadOnly: readOnly, Crypt: cryptOf(r, st)})
 	if err != nil {
-		return damaged(err)
+		return damaged(refused(err, st))
 	}
 	if dev.Note != "" {
 		klog.FromContext(ctx).Info("No direct I/O", "image", r.Handle, "reason", dev.Note)
 	}
 	if use == block.Raw {
-		return nil
+		return n.sealHeader(ctx, r, st)
 	}
 	return n.stageFilesystem(ctx, r, st, dev, readOnly, group)
 }
@@ -188,6 +191,8 @@ func fits(r StageRequest, st image.Staging) error {
 		return fault.New(fault.Internal, "the image has no slab")
 	case st.Layout == image.LayoutDirectory && r.Access.Block:
 		return fault.New(fault.Invalid, "access \"block\" was asked for, and the image has the layout %q: only %q can be a raw block device", st.Layout, image.LayoutImage)
+	case st.Crypt > 0 && r.Passphrase == "":
+		return fault.New(fault.Invalid, "the image is encrypted, and the secrets of this call have no %q: name a secret with that key in the storage class (csi.storage.k8s.io/node-stage-secret-name and -namespace)", PassphraseKey)
 	case st.Block != r.Access.Block:
 		return fault.New(fault.Exists, "access block=%t was asked for, and the image is attached with block=%t", r.Access.Block, st.Block)
 	}

@@ -62,8 +62,12 @@ func (n *Node) find(ctx context.Context, h image.Handle) (state, error) {
 	return s, nil
 }
 
-// raw says whether the image is staged as a raw block device.
-func (s state) raw() bool { return s.device(block.Raw) != nil }
+// raw says whether the image is staged as a raw block device. One that is locked
+// was never handed out.
+func (s state) raw() bool {
+	d := s.device(block.Raw)
+	return d != nil && !d.Locked
+}
 
 func (s state) device(u block.Use) *block.Device {
 	for i := range s.devices {
