@@ -13,7 +13,7 @@ RUN CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.ver
 FROM debian:bookworm-slim
 RUN apt-get update \
  && apt-get install -y --no-install-recommends \
-      btrfs-progs ca-certificates e2fsprogs mount util-linux xfsprogs \
+      btrfs-progs ca-certificates cryptsetup-bin e2fsprogs mount util-linux xfsprogs \
  && rm -rf /var/lib/apt/lists/*
 COPY --from=build /out/quarry /out/kubectl-quarry /usr/local/bin/
 COPY LICENSE /usr/share/doc/quarry/
