@@ -73,6 +73,7 @@ func (d *domain) collect(ctx context.Context) error {
 		errs = append(errs, fault.In(d.collectImage(ctx, img), "collect", d.id, img.id))
 	}
 	errs = append(errs, d.collectEpochs(ctx))
+	d.allocateLayers(ctx)
 	d.mergeSome(ctx)
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))

@@ -207,7 +207,7 @@ func (c *creation) run(ctx context.Context) (Image, error) {
 	if c.r.Tuning != (Tuning{}) {
 		rec.Tuning = &c.r.Tuning
 	}
-	img, err := c.d.intend(ctx, c.op, rec)
+	img, err := c.d.intend(ctx, c.op, rec, "")
 	if err != nil {
 		return Image{}, err
 	}
@@ -290,15 +290,15 @@ func (c *creation) content(ctx context.Context, img *image, from int64) (how, er
 	return c.m.cloneSnapshot(ctx, c.op, c.src, img, spec, from)
 }
 
-// intend writes the intent of a new image, which is thereby in the index.
-func (d *domain) intend(ctx context.Context, op *operation, rec record) (*image, error) {
+// intend writes the intent of a new image, which is thereby in the index. slab
+// is the one that it takes over; "" for a new one, which has the image's ID.
+func (d *domain) intend(ctx context.Context, op *operation, rec record, slab string) (*image, error) {
 	rev := d.next()
 	img := d.add(incarnation(rec.space(), rec.Name, rev), op)
 	op.at(d.id, img.id)
 	op.stepf("writing the intent")
-	slab := img.id
-	if rec.Kind == kindGroup {
-		slab = ""
+	if slab == "" && rec.Kind != kindGroup {
+		slab = img.id
 	}
 	rec.Nonce = nonce()
 	tag, err := rec.encode(imageTag(img.id, rev), slab)

@@ -76,6 +76,8 @@ type image struct {
 	linked         string    // the parent under which domain.children has it
 	merging        *merge    // of its slab into its parent's
 	mergeTried     time.Time // when that was last begun
+	full           string    // the slab, a layer, that has all its space
+	short          error     // why it has not
 	lastOld        time.Time // when its last superseded revision was deleted
 	found          time.Time // when its leftovers were found at opening; zero: made by this process
 	pending        *pendingTag

@@ -69,7 +69,11 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if rec.Chunk == 0 {
 		err = d.zero(ctx, op, slab, rec.layout().Kind(), rec.Size, size)
 	} else { // what a layer does not hold reads as zero behind its parent's end
-		err = d.allocate(ctx, slab, grown.need())
+		err = d.allocate(ctx, slab, min(grown.need(), rec.need()+allocateAtOnce))
+		d.mu.Lock()
+		img.full = ""
+		d.mu.Unlock()
+		defer d.collectSoon()
 	}
 	if err != nil {
 		return Image{}, err
@@ -82,7 +86,31 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	return m.view(img), nil
 }
 
-// allocate takes the space of a layer's slab at once: see Mover.FormatLayer.
+// allocateLayers takes the rest of the space of large layers that are written.
+// What fails is tried again in the next round, and shown until then.
+func (d *domain) allocateLayers(ctx context.Context) {
+	d.mu.Lock()
+	var due []*image
+	for _, img := range d.images {
+		if img.rec.Strong && img.rec.Mutable && img.rec.Chunk > 0 && img.broken == nil && img.full != img.slab && img.rec.need() > allocateAtOnce {
+			due = append(due, img)
+		}
+	}
+	d.mu.Unlock()
+	for _, img := range due {
+		rec, slab := img.snapshot()
+		done := img.read() // the slab stays
+		err := d.allocate(ctx, slab, rec.need())
+		done()
+		d.mu.Lock()
+		if img.short = err; err == nil && img.rec.need() == rec.need() {
+			img.full = slab
+		}
+		d.mu.Unlock()
+	}
+}
+
+// allocate takes the space of a layer's slab: see Mover.Allocate.
 func (d *domain) allocate(ctx context.Context, slab string, size int64) error {
 	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
 	if err != nil {

@@ -48,7 +48,10 @@ func (c *cutting) cut(ctx context.Context) (h how, isInexact bool, err error) {
 	if src.d.cfg.NativeOnly {
 		return how{}, false, src.d.nativeOnly("snapshot", rec.layout())
 	}
-	if err = c.m.canLayer(ctx, src); err == nil {
+	if !c.layer {
+		err = c.m.canLayer(ctx, src)
+	}
+	if err == nil {
 		return how{reason: "layer"}, false, c.cutLayer(ctx)
 	}
 	if !errors.Is(err, fault.Unsupported) {

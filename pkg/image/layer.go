@@ -56,6 +56,11 @@ func (img *image) modes() []Mode {
 	return out
 }
 
+// allocateAtOnce is how much of a layer's space is taken before it comes into
+// use, in bytes. The rest of a larger one follows at once, in the background: how
+// long a snapshot takes does not depend on the volume's size.
+const allocateAtOnce = 1 << 30
+
 // overlay makes the slab id an empty layer for an image of size bytes.
 func (d *domain) overlay(ctx context.Context, op *operation, id string, size, chunk int64, params map[string]string) error {
 	op.stepf("making a layer")
@@ -67,7 +72,7 @@ func (d *domain) overlay(ctx context.Context, op *operation, id string, size, ch
 	if err != nil {
 		return fault.In(err, "attach the layer", d.id, id)
 	}
-	if err := d.m.cfg.Mover.FormatLayer(ctx, a.Path, spec.Size, chunk); err != nil {
+	if err := d.m.cfg.Mover.FormatLayer(ctx, a.Path, min(spec.Size, allocateAtOnce), chunk); err != nil {
 		return err
 	}
 	return d.engine.DetachSlab(ctx, id)
@@ -97,12 +102,20 @@ func (c *cutting) layOver(ctx context.Context) error {
 	if err := d.overlay(ctx, c.op, c.img.id, rec.Size, chunk, rec.Params); err != nil {
 		return err
 	}
-	c.rec.Parent, c.rec.Chunk = rec.Parent, rec.Chunk
-	if err := d.commit(ctx, c.img, c.rec, slab); err != nil {
-		return err
+	if !c.layer { // else the intent says so already
+		c.rec.Parent, c.rec.Chunk = rec.Parent, rec.Chunk
+		if err := d.commit(ctx, c.img, c.rec, slab); err != nil {
+			return err
+		}
 	}
 	rec.Parent, rec.Chunk = c.img.id, chunk
-	return d.commit(ctx, c.src, rec, c.img.id)
+	if err := d.commit(ctx, c.src, rec, c.img.id); err != nil {
+		return err
+	}
+	if rec.need() > allocateAtOnce {
+		d.collectSoon()
+	}
+	return nil
 }
 
 // switchChains lets the nodes on which the images are in use build their

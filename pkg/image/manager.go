@@ -56,12 +56,11 @@ type Mover interface {
 	// Zero makes bytes from to to of a file or device read as zero, durably.
 	Zero(ctx context.Context, path string, from, to int64) error
 	// FormatLayer makes a file or device an empty layer, durably, whatever it held
-	// before. It takes the space of size bytes at once where it is a file and the
-	// storage can, so that no write to the layer finds the storage full. All in
-	// bytes. fault.Exhausted: there is not so much.
+	// before. It takes the space of its first size bytes, as Allocate does. All in bytes.
 	FormatLayer(ctx context.Context, path string, size, chunk int64) error
-	// Allocate takes the space of size bytes of a file, as FormatLayer does, and
-	// changes nothing that can be read.
+	// Allocate takes the space of the first size bytes of a file, where the storage
+	// can, so that no write to it finds the storage full. It changes nothing that
+	// can be read, and the file may be in use. fault.Exhausted: there is not so much.
 	Allocate(ctx context.Context, path string, size int64) error
 }
 

@@ -39,6 +39,9 @@ func (d *domain) whyDegraded(img *image) string {
 	if err != nil {
 		return err.Error()
 	}
+	if img.short != nil {
+		return fmt.Sprintf("its layer has not all the space that it may come to need: %v", img.short)
+	}
 	limit := DefaultChainLimit
 	if t := img.rec.Tuning; t != nil && t.ChainLimit > 0 {
 		limit = t.ChainLimit

@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -110,6 +111,8 @@ type cutting struct {
 
 	img *image
 	rec record
+	// layer: it is going to be made by a layer, and the intent has the old slab.
+	layer bool
 }
 
 // intend checks the source and writes the intent.
@@ -136,7 +139,13 @@ func (c *cutting) intend(ctx context.Context, verb, group string) error {
 	defer release()
 	c.rec = record{Name: c.name, Kind: rec.Kind, Op: verb, Size: rec.Size, Alloc: alloc, Source: d.handle(c.src).String(), SrcVol: true,
 		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group, Crypt: rec.Crypt}
-	c.img, err = d.intend(ctx, c.op, c.rec)
+	own := ""
+	// A group decides for all its members together.
+	if verb != opMember && !d.snapshots(&rec) && !d.cfg.NativeOnly && c.m.canLayer(ctx, c.src) == nil {
+		c.layer, own = true, slab
+		c.rec.Parent, c.rec.Chunk = rec.Parent, rec.Chunk
+	}
+	c.img, err = d.intend(ctx, c.op, c.rec, own)
 	return err
 }
 
@@ -158,11 +167,10 @@ func (c *cutting) spec() engine.SlabSpec {
 }
 
 func (c *cutting) cutAndSeal(ctx context.Context) error {
-	if err := c.src.d.describe(ctx, c.img, c.described); err != nil {
-		return err
-	}
+	described := make(chan error, 1)
+	go func() { described <- c.src.d.describe(ctx, c.img, c.described) }()
 	h, inexact, err := c.cut(ctx)
-	if err != nil {
+	if err := errors.Join(err, <-described); err != nil {
 		return err
 	}
 	return c.sealCut(ctx, h, inexact)

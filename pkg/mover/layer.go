@@ -18,42 +18,52 @@ func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64)
 		return err
 	}
 	defer d.close()
-	if err := d.allocate(size); err != nil {
+	if err := d.allocate(ctx, size); err != nil {
 		return err
-	}
-	if ctx.Err() != nil {
-		return canceled(ctx, "formatting of layer "+path)
 	}
 	return layer.Format(d.file(), chunk)
 }
 
 // Allocate implements image.Mover.
-func (m *Mover) Allocate(_ context.Context, path string, size int64) error {
+func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
 	d, err := openLocked(path, unix.O_RDWR)
 	if err != nil {
 		return err
 	}
 	defer d.close()
-	if err := d.allocate(size); err != nil {
+	if err := d.allocate(ctx, size); err != nil {
 		return err
 	}
 	return sysErr(retry(func() error { return unix.Fsync(d.fd) }), "flush", path)
 }
 
+// allocateStep is how much is allocated at once: writes to the file wait meanwhile.
+const allocateStep = 1 << 30
+
 // allocate takes the space of a file's first size bytes, where the storage can
 // do that. A device has its space.
-func (s *store) allocate(size int64) error {
+func (s *store) allocate(ctx context.Context, size int64) error {
 	if s.size < size {
 		return fault.New(fault.Corrupt, "%q has %d bytes, %d were recorded: it was truncated", s.path, s.size, size)
 	}
 	if s.device {
 		return nil
 	}
-	err := retry(func() error { return unix.Fallocate(s.fd, unix.FALLOC_FL_KEEP_SIZE, 0, size) })
-	if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
-		return nil
+	for off := int64(0); off < size; off += allocateStep {
+		if ctx.Err() != nil {
+			return canceled(ctx, "allocating the space of "+s.path)
+		}
+		err := retry(func() error {
+			return unix.Fallocate(s.fd, unix.FALLOC_FL_KEEP_SIZE, off, min(allocateStep, size-off))
+		})
+		if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
+			return nil
+		}
+		if err != nil {
+			return sysErr(err, "allocate the space of", s.path)
+		}
 	}
-	return sysErr(err, "allocate the space of", s.path)
+	return nil
 }
 
 // file is the store past the page cache where that can be.
