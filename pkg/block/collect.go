@@ -115,8 +115,8 @@ func (d *Devices) collect(ctx context.Context, domains []string) error {
 		}
 		gone := 0
 		for _, m := range w.mapped {
-			if m.Open > 0 || !slices.Contains(domains, domainOf(m.UUID)) || domainOf(m.UUID) == "" {
-				continue
+			if m.Open > 0 || !slices.Contains(domains, domainOf(m.UUID)) || domainOf(m.UUID) == "" || read(m).kind == "?" {
+				continue // in use, another domain's, a top, or not as we make them
 			}
 			if err := d.host().RemoveMapped(ctx, m); err != nil && !errors.Is(err, fault.InUse) {
 				return err
