@@ -172,9 +172,9 @@ func TestKilledSnapshotsLetWritersGoOn(t *testing.T) {
 	whole := time.Since(begin)
 	sound := e.group
 	suspended := 0
-	rounds := 25
+	rounds := 12
 	if testing.Short() {
-		rounds = 8
+		rounds = 4
 	}
 	for i := range rounds {
 		spec := engine.SlabSpec{ID: fmt.Sprintf("s%d", i), Kind: engine.Block, Size: int64(8+i%2) * mib}

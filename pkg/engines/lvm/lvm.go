@@ -104,7 +104,10 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 	if err := e.mark(ctx); err != nil {
 		return nil, err
 	}
-	return e, e.resume(ctx)
+	if err := e.resume(ctx); err != nil {
+		return nil, err
+	}
+	return e, nil
 }
 
 func checkParams(params map[string]string) (lvm.Options, error) {
