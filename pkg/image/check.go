@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -68,9 +69,56 @@ func (d *domain) check(ctx context.Context) ([]Finding, error) {
 			add(FindingReport, name, 0, "", "this pin cannot be read back: it keeps its image's slab for ever; delete the tag when no copy of the image is running")
 		}
 	}
+	layers := d.layers()
 	d.mu.Unlock()
+	for _, l := range layers {
+		if err := d.checkLayer(ctx, l); errors.Is(err, fault.Corrupt) {
+			add(FindingMend, l.id, 0, "check the layer, and make it usable again if nothing in it contradicts itself", "the layer in slab %s: %v", l.slab, err)
+		}
+	}
 	slices.SortFunc(out, func(a, b Finding) int { return strings.Compare(a.ID, b.ID) })
 	return out, nil
+}
+
+// layers are the images whose slabs are layers that somebody needs, with their
+// slabs. The caller holds d.mu.
+func (d *domain) layers() (out []layerOf) {
+	for _, img := range d.images {
+		if img.rec.Chunk > 0 && !img.slabGone && (d.visible(img) || len(d.children[img.id]) > 0) {
+			out = append(out, layerOf{img.id, img.slab})
+		}
+	}
+	return out
+}
+
+type layerOf struct{ id, slab string }
+
+// checkLayer looks whether the kernel has given a layer up. What cannot be
+// looked at is no finding: the image's state tells.
+func (d *domain) checkLayer(ctx context.Context, l layerOf) error {
+	a, err := d.engine.AttachSlab(ctx, l.slab, engine.AttachOptions{ReadOnly: true})
+	if err != nil {
+		return nil
+	}
+	return errors.Join(d.m.cfg.Mover.CheckLayer(ctx, a.Path), d.engine.DetachSlab(ctx, l.slab))
+}
+
+// mendLayer makes a layer that the kernel gave up usable again. The caller holds
+// its image's lock.
+func (d *domain) mendLayer(ctx context.Context, img *image) (string, error) {
+	if nodes := d.stagedOn(img); len(nodes) > 0 {
+		return "", fault.New(fault.InUse, "the layer in slab %s is in use on %s: stop what uses image %s, detach it, and try again", img.slab, strings.Join(nodes, ", "), img.id)
+	}
+	rec, slab := img.snapshot()
+	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	if err != nil {
+		return "", fault.In(err, "attach", d.id, slab)
+	}
+	n, err := d.m.cfg.Mover.RepairLayer(ctx, a.Path, rec.need())
+	if err := errors.Join(err, d.engine.DetachSlab(ctx, slab)); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("the layer in slab %s is usable again: %d chunks of %s checked; check the filesystem on it, too", slab, n, bytesText(rec.Chunk)), nil
 }
 
 func findingID(parts ...string) string { return strings.Join(parts, ":") }
@@ -173,6 +221,8 @@ func (d *domain) fixImage(ctx context.Context, img *image, f Finding) (string, e
 		return "deleted the slab of " + img.id, d.dispose(ctx, img)
 	case f.Kind == FindingClean && !visible && !inFlight:
 		return "swept " + img.id, d.sweep(ctx, img)
+	case f.Kind == FindingMend && img.rec.Chunk > 0 && d.checkLayer(ctx, layerOf{img.id, img.slab}) != nil:
+		return d.mendLayer(ctx, img)
 	case f.Kind == FindingMend && visible:
 		d.mu.Lock()
 		img.broken = nil

@@ -364,6 +364,18 @@ func (d *domain) collectStrays(ctx context.Context, now time.Time) error {
 	return d.measure(ctx, slabs)
 }
 
+// complete says whether every image's chain is known: where a record is missing,
+// a slab that no image seems to need may be the one that it named. The caller
+// holds d.mu.
+func (d *domain) complete() bool {
+	for _, img := range d.images {
+		if below := img.below(); below != "" && d.images[below] == nil || img.badTag && img.rec.Created == 0 {
+			return false
+		}
+	}
+	return true
+}
+
 func (d *domain) removeStray(ctx context.Context, s stray) error {
 	klog.FromContext(ctx).Info("Removing what nobody references", "domain", d.id, "object", s.name, "why", s.why)
 	if s.slab {
@@ -397,8 +409,9 @@ func (d *domain) findStrays(ctx context.Context) ([]stray, []engine.Slab, error)
 		}
 	}
 	var out []stray
+	whole := d.complete()
 	for _, s := range slabs {
-		if !used[s.ID] && d.ours(s.ID) {
+		if whole && !used[s.ID] && d.ours(s.ID) {
 			out = append(out, stray{slab: true, name: s.ID, size: s.Size, why: "no image needs this slab"})
 		}
 	}

@@ -62,6 +62,13 @@ type Mover interface {
 	// can, so that no write to it finds the storage full. It changes nothing that
 	// can be read, and the file may be in use. fault.Exhausted: there is not so much.
 	Allocate(ctx context.Context, path string, size int64) error
+	// CheckLayer looks at a layer, which may be in use: fault.Corrupt says that it is
+	// none, or that the kernel has given it up after a failed write.
+	CheckLayer(ctx context.Context, path string) error
+	// RepairLayer makes a layer of size bytes, which must not be in use, usable
+	// again if all that it says of itself fits together, and returns how many
+	// chunks it holds. fault.Corrupt: it does not; nothing was changed.
+	RepairLayer(ctx context.Context, path string, size int64) (chunks int64, err error)
 }
 
 // BlockCopy are the options of Mover.CopyBlock.

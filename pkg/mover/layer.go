@@ -37,6 +37,30 @@ func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
 	return sysErr(retry(func() error { return unix.Fsync(d.fd) }), "flush", path)
 }
 
+// CheckLayer implements image.Mover.
+func (m *Mover) CheckLayer(_ context.Context, path string) error {
+	d, err := openSource(path)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	h, err := layer.ReadHeader(d.file())
+	if err == nil && !h.Valid {
+		err = fault.New(fault.Corrupt, "the kernel has given up this layer after a failed write: what was acknowledged is still in it")
+	}
+	return err
+}
+
+// RepairLayer implements image.Mover.
+func (m *Mover) RepairLayer(_ context.Context, path string, size int64) (int64, error) {
+	d, err := openTarget(path)
+	if err != nil {
+		return 0, err
+	}
+	defer d.close()
+	return layer.Repair(d.file(), size)
+}
+
 // allocateStep is how much is allocated at once: writes to the file wait meanwhile.
 const allocateStep = 1 << 30
 

@@ -1,9 +1,15 @@
 package crash_test
 
 import (
+	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
 	"testing"
 
+	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
 
@@ -204,4 +210,123 @@ func TestLayersAtEveryCall(t *testing.T) {
 			}
 		}
 	}
+}
+
+// chained makes a volume over two snapshots, and closes its manager.
+func chained(t *testing.T) (w *world, v, s1, s2 image.Image) {
+	w = newWorld(t, layered(t), image.LayoutImage)
+	w.story = t.Name()
+	s := newStory(w)
+	v = s.volume("v", "a", 1)
+	s1 = s.snapshot("s1", v)
+	s.write(v, 2)
+	s2 = s.snapshot("s2", v)
+	s.write(v, 3)
+	s.check()
+	v, err := w.Get(w.ctx, v.Handle)
+	w.must(err)
+	w.must(w.Close())
+	return w, v, s1, s2
+}
+
+// broken checks that images are broken with a reason that names what is wrong,
+// that they can neither be used nor copied, and that check reports them.
+func (w *world) broken(what string, images ...image.Image) {
+	w.t.Helper()
+	findings, err := w.Check(w.ctx, "a")
+	w.must(err)
+	for _, img := range images {
+		now, err := w.Get(w.ctx, img.Handle)
+		w.must(err)
+		if now.State != image.Broken || !strings.Contains(now.Reason, what) {
+			w.fatalf("%s is %s (%s), and %s is gone", img.Handle, now.State, now.Reason, what)
+		}
+		if !slices.ContainsFunc(findings, func(f image.Finding) bool { return f.Object == img.Handle.Image }) {
+			w.fatalf("check says nothing of %s: %v", img.Handle, findings)
+		}
+		if img.Mutable {
+			_, err = w.Attach(w.ctx, img.Handle, "n1", w.access()[0], false)
+		} else {
+			_, err = w.create("from "+img.Name, "a", img, 0)
+		}
+		if !errors.Is(err, fault.Corrupt) {
+			w.fatalf("%s is broken, and using it: %v", img.Handle, err)
+		}
+	}
+}
+
+func TestAChainThatMissesASlab(t *testing.T) {
+	w, v, s1, s2 := chained(t)
+	base := filepath.Join(w.dirs["a"], "slabs", v.Chain[2].ID)
+	w.must(os.Rename(base, base+".away"))
+	w.start()
+	w.broken(v.Chain[2].ID, v, s1, s2)
+	w.must(w.collect())
+	w.must(w.Close())
+	w.must(os.Rename(base+".away", base))
+	w.start()
+	w.must(w.holds(v, 3))
+	w.end()
+}
+
+func TestAChainThatMissesARecord(t *testing.T) {
+	w, v, s1, _ := chained(t)
+	tags, err := filepath.Glob(filepath.Join(w.dirs["a"], "tags", "i", "i."+s1.Handle.Image+".*"))
+	w.must(err)
+	if len(tags) == 0 {
+		w.fatalf("%s has no record", s1.Handle)
+	}
+	for _, tag := range tags {
+		w.must(os.Rename(tag, filepath.Join(w.dirs["a"], filepath.Base(tag))))
+	}
+	w.start()
+	w.broken(s1.Handle.Image, v)
+	w.must(w.collect())
+	w.must(w.Close())
+	for _, tag := range tags {
+		w.must(os.Rename(filepath.Join(w.dirs["a"], filepath.Base(tag)), tag))
+	}
+	w.start()
+	w.must(w.holds(v, 3))
+	w.end()
+}
+
+func TestALayerThatTheKernelGaveUp(t *testing.T) {
+	w, v, _, _ := chained(t)
+	f, err := os.OpenFile(filepath.Join(w.dirs["a"], "slabs", v.Chain[0].ID), os.O_RDWR, 0)
+	w.must(err)
+	_, err = f.WriteAt(make([]byte, 4), 4) // the field "valid"
+	w.must(errors.Join(err, f.Close()))
+	w.start()
+	find := func() *image.Finding {
+		findings, err := w.Check(w.ctx, "a")
+		w.must(err)
+		for _, f := range findings {
+			if f.Kind == image.FindingMend && f.Object == v.Handle.Image {
+				return &f
+			}
+		}
+		return nil
+	}
+	finding := find()
+	if finding == nil {
+		w.fatalf("check does not see that the layer was given up")
+	}
+	a, err := w.Attach(w.ctx, v.Handle, "n1", w.access()[0], false)
+	w.must(err)
+	_, err = w.Stage(w.ctx, v.Handle, "n1", a.Generation)
+	w.must(err)
+	if _, err := w.Fix(w.ctx, *finding); !errors.Is(err, fault.InUse) {
+		w.fatalf("mending a layer in use: %v", err)
+	}
+	w.must(w.Unstaged(w.ctx, v.Handle, "n1"))
+	w.must(w.Detach(w.ctx, v.Handle, "n1"))
+	if _, err := w.Fix(w.ctx, *finding); err != nil {
+		w.fatalf("mending: %v", err)
+	}
+	if find() != nil {
+		w.fatalf("it is still found after it was mended")
+	}
+	w.must(w.holds(v, 3))
+	w.end()
 }
