@@ -90,14 +90,8 @@ func (d *domain) line(img *image) ([]*image, error) {
 	return out, nil
 }
 
-// chain is the slabs of an image from head to base.
+// chain is the slabs of an image from head to base. The caller holds d.mu.
 func (d *domain) chain(img *image) ([]SlabRef, error) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.chainLocked(img)
-}
-
-func (d *domain) chainLocked(img *image) ([]SlabRef, error) {
 	images, err := d.line(img)
 	var out []SlabRef
 	for _, i := range images {
@@ -143,7 +137,7 @@ func (d *domain) stagedOn(img *image) []string {
 func (d *domain) staging(img *image, node string) (Staging, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	chain, err := d.chainLocked(img)
+	chain, err := d.chain(img)
 	if err != nil {
 		return Staging{}, err
 	}

@@ -364,12 +364,12 @@ func (d *domain) collectStrays(ctx context.Context, now time.Time) error {
 	return d.measure(ctx, slabs)
 }
 
-// complete says whether every image's chain is known: where a record is missing,
+// complete says whether every image's chain is known: where a record is missing or unreadable,
 // a slab that no image seems to need may be the one that it named. The caller
 // holds d.mu.
 func (d *domain) complete() bool {
 	for _, img := range d.images {
-		if below := img.below(); below != "" && d.images[below] == nil || img.badTag && img.rec.Created == 0 {
+		if below := img.below(); below != "" && d.images[below] == nil || img.badTag {
 			return false
 		}
 	}

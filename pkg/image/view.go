@@ -49,7 +49,7 @@ func (d *domain) viewLocked(img *image) Image {
 		}
 	}
 	if v.Parent = img.below(); !img.slabGone {
-		v.Chain, _ = d.chainLocked(img) // as far as it goes; what is wrong is the state's reason
+		v.Chain, _ = d.chain(img) // as far as it goes; what is wrong is the state's reason
 	}
 	for _, k := range d.kids(img) {
 		v.Children = append(v.Children, k.id)
