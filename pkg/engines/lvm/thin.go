@@ -83,11 +83,7 @@ func (e *lvmEngine) SnapshotSlab(ctx context.Context, source string, spec engine
 			return err
 		}
 	}
-	if from.Size == size {
-		err = e.changed(ctx, e.group.Snapshot(ctx, origin, lv, slabTag+spec.ID))
-	} else {
-		err = e.changed(ctx, e.snapshotLarger(ctx, origin, half, lv, size, slabTag+spec.ID))
-	}
+	err = e.changed(ctx, e.cut(ctx, origin, half, lv, from.Size, size, slabTag+spec.ID))
 	switch {
 	case errors.Is(err, fault.Exists):
 		return e.taken(ctx, spec)
@@ -99,15 +95,21 @@ func (e *lvmEngine) SnapshotSlab(ctx context.Context, source string, spec engine
 	return err
 }
 
-// snapshotLarger makes a snapshot under another name, and gives it its own when
-// it has its size.
-func (e *lvmEngine) snapshotLarger(ctx context.Context, origin, half, lv string, size int64, tag string) error {
+// cut makes a snapshot under another name, and gives it its own when all is done:
+// a killed lvcreate may leave a volume that is cut when somebody next looks.
+func (e *lvmEngine) cut(ctx context.Context, origin, half, lv string, from, size int64, tag string) error {
 	if err := e.group.Snapshot(ctx, origin, half, tag); err != nil {
 		return err
 	}
-	err := e.group.Extend(ctx, half, size)
+	var err error
+	if from != size {
+		err = e.group.Extend(ctx, half, size)
+	}
 	if err == nil {
 		err = e.group.Rename(ctx, half, lv)
+	}
+	if errors.Is(err, fault.NotFound) {
+		return fault.New(fault.Conflict, "logical volume %s was removed by another while it was made", half)
 	}
 	if err != nil {
 		if more := e.group.Remove(context.WithoutCancel(ctx), half); more != nil && !errors.Is(more, fault.NotFound) {

@@ -93,8 +93,35 @@ func (g *Group) lvm(ctx context.Context, a access, program string, args ...strin
 		// Killed half-way it could leave a device suspended, and its users waiting.
 		ctx = context.WithoutCancel(ctx)
 	}
-	res, err := g.run.Run(ctx, host.Command{Name: "lvm", Args: append(all, args...), Timeout: timeout})
+	command := host.Command{Name: "lvm", Args: append(all, args...), Timeout: timeout}
+	res, err := g.run.Run(ctx, command)
+	if pool, id := g.interrupted(res, err); pool != "" && a == devices {
+		if _, err := g.run.Run(ctx, host.Command{Name: "dmsetup", Args: []string{"message", pool, "0", "delete " + id}, Timeout: timeout}); err != nil {
+			return res, fault.New(fault.Unavailable, "thin pool %s holds what an interrupted program began, device %s, which cannot be removed: %w", pool, id, err)
+		}
+		res, err = g.run.Run(ctx, command)
+	}
 	return res, g.explain(err)
+}
+
+// interrupted finds out that a program cannot go on because an earlier one was
+// killed after the kernel had made a thin device and before LVM had noted that:
+// LVM would make it again under the same number. It returns the pool's device
+// and that number. The device never had a volume, since the pool's transaction
+// counter, which LVM compares first, says that its creation has not ended.
+func (g *Group) interrupted(res host.Result, err error) (pool, id string) {
+	if err == nil {
+		return "", ""
+	}
+	for line := range strings.Lines(string(res.Stderr)) {
+		var device string
+		var number int
+		_, serr := fmt.Sscanf(strings.TrimSpace(line), "Thin pool %s %s already contain thin device with device_id %d.", &pool, &device, &number)
+		if serr == nil && strings.HasPrefix(pool, Escape(g.name)+"-") && strings.HasSuffix(pool, "-tpool") {
+			return pool, fmt.Sprint(number)
+		}
+	}
+	return "", ""
 }
 
 // CreateRecord makes a volume that takes no space: one extent of target

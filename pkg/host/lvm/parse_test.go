@@ -172,3 +172,37 @@ func TestNamesAreQuoted(t *testing.T) {
 		t.Errorf("device name %q", have)
 	}
 }
+
+// script answers program after program.
+type script struct {
+	answers  []host.Result
+	commands []string
+}
+
+func (s *script) Run(_ context.Context, c host.Command) (host.Result, error) {
+	res := s.answers[len(s.commands)]
+	s.commands = append(s.commands, c.String())
+	if res.ExitCode != 0 {
+		return res, &host.ExitError{Command: c, Result: res}
+	}
+	return res, nil
+}
+
+func TestWhatAKilledProgramLeftInAPoolIsRemoved(t *testing.T) {
+	stuck := host.Result{Stderr: fixture(t, "interrupted.stderr"), ExitCode: 5}
+	s := &script{answers: []host.Result{stuck, {}, {}}}
+	if err := New(s, "quarry-test-da21875e", Options{}).Snapshot(t.Context(), "qs.a", "qp.b"); err != nil {
+		t.Fatal(err)
+	}
+	if len(s.commands) != 3 || s.commands[1] != "dmsetup message quarry--test--da21875e-pool-tpool 0 delete 4" || s.commands[2] != s.commands[0] {
+		t.Errorf("ran %q", s.commands)
+	}
+	s = &script{answers: []host.Result{stuck}}
+	if err := New(s, "another", Options{}).Snapshot(t.Context(), "qs.a", "qp.b"); !errors.Is(err, fault.Unavailable) || len(s.commands) != 1 {
+		t.Errorf("another group's pool: %v, ran %q", err, s.commands)
+	}
+	s = &script{answers: []host.Result{stuck, {}, stuck}}
+	if err := New(s, "quarry-test-da21875e", Options{}).Snapshot(t.Context(), "qs.a", "qp.b"); !errors.Is(err, fault.Unavailable) {
+		t.Errorf("still stuck: %v", err)
+	}
+}
