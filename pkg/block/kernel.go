@@ -125,13 +125,11 @@ func read(m host.Mapped) table {
 	first := m.Targets[0]
 	f := strings.Fields(first.Params)
 	switch {
-	case len(m.Targets) > 2 || len(m.Targets) == 2 && (first.Type != "linear" || m.Targets[1].Type != "zero"):
+	case len(m.Targets) > 2 || len(m.Targets) == 2 && (!isPad(m.UUID) || first.Type != "linear" || m.Targets[1].Type != "zero"):
 	case first.Type == "linear" && len(f) == 2 && f[1] == "0":
 		kind := "linear"
 		if isPad(m.UUID) {
 			kind = "pad"
-		} else if len(m.Targets) == 2 {
-			kind = "?"
 		}
 		return table{kind: kind, under: f[0], length: first.Length}
 	case (first.Type == "snapshot" || first.Type == "snapshot-merge") && len(f) == 4 && strings.HasPrefix(f[2], "P"):

@@ -173,6 +173,7 @@ func TestAnAgentKilledAnywhere(t *testing.T) {
 			}
 			for kill, more := 1, true; more; kill++ {
 				more = false
+				begun := time.Now()
 				over := r.layer(fmt.Sprint("over", kill), base.Size)
 				larger := base.Size + 64*unit
 				for _, op := range []struct {
@@ -243,6 +244,7 @@ func TestAnAgentKilledAnywhere(t *testing.T) {
 					w.further(t)
 				}
 				r.must(os.Remove(over.Path))
+				t.Logf("killed at %d: %s", kill, time.Since(begun))
 			}
 			check("at the end")
 		})

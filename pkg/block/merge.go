@@ -204,10 +204,17 @@ func (d *Devices) StopMerge(ctx context.Context, slab string) error {
 	return err
 }
 
-// stopMerge does not touch a merge that failed: the kernel's memory of the
-// store may differ from the disk then, and is not to be handed on.
+// stopMerge does not touch a merge that failed, not even to suspend it: the
+// kernel's memory of the store may differ from the disk then. Every resume goes on
+// from there, and may take the store's header for the image's first chunk.
 func (d *Devices) stopMerge(ctx context.Context, w *world, m host.Mapped) (host.Mapped, error) {
+	failed := func() error {
+		_, err := d.left(ctx, m)
+		return err
+	}
+	if err := failed(); err != nil {
+		return m, err
+	}
 	t := read(m)
-	return d.reload(ctx, w, m, func() error { _, err := d.left(ctx, m); return err },
-		layered("snapshot", t.under, t.store, t.chunk, t.length))
+	return d.reload(ctx, w, m, failed, layered("snapshot", t.under, t.store, t.chunk, t.length))
 }

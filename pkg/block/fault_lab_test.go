@@ -1,0 +1,245 @@
+package block
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/layer"
+	"github.com/quarry-csi/quarry/test/lab"
+)
+
+// frail makes a layer whose slab is a block device that can be broken from a
+// chunk of the store on, for everything or for reads, and mended.
+func (r *rig) frail(name string, size int64) (_ Slab, broken func(from int64), mended func()) {
+	r.Helper()
+	chunk := layer.ChunkSize(size)
+	room := layer.StoreSize(size, chunk)
+	disk := lab.Loop(r.T, room)
+	s := Slab{ID: "d/" + name, Path: "/dev/mapper/" + name, Size: size, Chunk: chunk}
+	setup := func(stdin string, args ...string) {
+		r.Helper()
+		cmd := exec.Command("dmsetup", args...)
+		cmd.Stdin = strings.NewReader(stdin)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			r.Fatalf("dmsetup %v: %v\n%s", args, err, out)
+		}
+	}
+	fine := fmt.Sprintf("0 %d linear %s 0\n", room/512, disk)
+	setup(fine, "create", name)
+	r.Cleanup(func() {
+		all, err := r.d.All(bg)
+		for _, dev := range all {
+			err = errors.Join(err, r.d.Detach(bg, dev))
+		}
+		if err := errors.Join(err, r.d.Collect(bg, "d")); err != nil {
+			r.Error(err)
+		}
+		setup("", "remove", "--retry", name)
+	})
+	f, err := os.OpenFile(s.Path, os.O_RDWR, 0)
+	r.must(err)
+	r.must(layer.Format(f, chunk))
+	r.must(f.Close())
+	put := func(table string) {
+		setup(table, "load", name)
+		setup("", "suspend", "--nolockfs", "--noflush", name)
+		setup("", "resume", name)
+	}
+	return s, func(from int64) {
+			at := from * chunk / 512
+			put(fmt.Sprintf("0 %d linear %s 0\n%d %d error\n", at, disk, at, room/512-at))
+		}, func() {
+			put(fine)
+		}
+}
+
+func TestAStoreThatFailsKeepsWhatWasAcknowledged(t *testing.T) {
+	r := newRig(t)
+	const size = 2 * mib
+	base := r.raw("base", size)
+	over, broken, mended := r.frail("frail", size)
+	dev := r.attach(spec(base))
+	c := content{}
+	r.write(dev.Path, c, 1, every(0, 2, size)...)
+	before := c.copy()
+	r.change(over, base)
+	r.write(dev.Path, c, 2, every(0, 5, size)...)
+	broken(130)
+	f, err := direct(dev.Path, os.O_RDWR)
+	r.must(err)
+	for u := int64(1); ; u += 5 {
+		if _, err = f.WriteAt(pattern(aligned(unit), u, 3), u*unit); err != nil {
+			break
+		}
+		if c[u] = 3; u > size/unit {
+			t.Fatal("no write fails")
+		}
+	}
+	f.Close()
+
+	if _, err := r.d.Attach(bg, spec(over, base)); !errors.Is(err, fault.Corrupt) || !strings.Contains(err.Error(), "kubectl quarry fix") {
+		t.Errorf("attached again: %v", err)
+	}
+	// The kernel would show the base instead of the image from now on.
+	if _, err := r.d.Merge(bg, []Slab{over, base}); !errors.Is(err, fault.Corrupt) {
+		t.Errorf("an invalid layer is merged: %v", err)
+	}
+	if tables := r.tables(); strings.Contains(tables, "snapshot-merge") || strings.Contains(tables, "suspended=true") {
+		t.Errorf("left is\n%s", tables)
+	}
+	found, err := r.d.Find(bg, owner)
+	r.must(err)
+	r.must(r.d.Detach(bg, found[0]))
+	mended()
+	if _, err := r.d.Attach(bg, spec(over, base)); !errors.Is(err, fault.Corrupt) {
+		t.Errorf("attached before the repair: %v", err)
+	}
+	snap := r.reader("base", base)
+	r.verify("the snapshot below", snap.Path, size, before)
+	r.detach(snap)
+
+	store, err := direct(over.Path, os.O_RDWR)
+	r.must(err)
+	_, err = layer.Repair(store, layer.StoreSize(size, over.Chunk))
+	r.must(errors.Join(err, store.Close()))
+	dev = r.attach(spec(over, base))
+	r.verify("repaired", dev.Path, size, c)
+	r.merge(over, base)
+	r.change(base)
+	r.verify("merged", dev.Path, size, c)
+}
+
+func TestAMergeThatFailsLosesNothing(t *testing.T) {
+	r := newRig(t)
+	const size = 2 * mib
+	base := r.raw("base", size)
+	over, broken, mended := r.frail("frail", size)
+	dev := r.attach(spec(over, base))
+	c := content{}
+	r.write(dev.Path, c, 2, every(0, 2, size)...)
+	broken(100) // merging goes from the end
+	var err error
+	waitFor(t, func() bool {
+		var m Merge
+		m, err = r.d.Merge(bg, []Slab{over, base})
+		if m.Done {
+			t.Fatal("merged from a broken store")
+		}
+		return err != nil
+	})
+	if !errors.Is(err, fault.Corrupt) {
+		t.Errorf("merge: %v", err)
+	}
+	if err := r.d.StopMerge(bg, over.ID); !errors.Is(err, fault.Corrupt) {
+		t.Errorf("a merge that failed is stopped: %v", err)
+	}
+	mended()
+	r.verify("mended", dev.Path, size, c)
+	r.write(dev.Path, c, 3, every(0, 10, size)...)
+	r.detach(dev)
+	dev = r.attach(spec(over, base))
+	r.verify("attached again", dev.Path, size, c)
+	r.merge(over, base)
+	r.verify("merged", dev.Path, size, c)
+}
+
+func TestWhatADeadAgentLeftIsTakenOver(t *testing.T) {
+	r := newRig(t)
+	const size = mib
+	slabs, states := r.stack(1, size)
+	h := r.d.Host
+	top, err := h.MappedByUUID(bg, topUUID(Raw, owner))
+	r.must(err)
+	over, err := h.MappedByUUID(bg, slabUUID(slabs[0].ID))
+	r.must(err)
+	for name, suspended := range map[string][]host.Mapped{"the top": {*top}, "the layer": {*over}, "both": {*top, *over}} {
+		for _, m := range suspended {
+			r.must(h.SuspendMapped(bg, m, false))
+		}
+		if name == "both" {
+			resumed, err := devices().Recover(bg)
+			r.must(err)
+			if len(resumed) != 2 {
+				t.Errorf("resumed %v", resumed)
+			}
+		}
+		dev := r.attach(spec(slabs...))
+		r.verify("after "+name+" was suspended", dev.Path, size, states[0])
+	}
+	// A table that was loaded and never put in force.
+	r.must(h.LoadMapped(bg, *top, false, []host.Target{{Length: size, Type: "zero"}}))
+	r.change(slabs...)
+	if tables := r.tables(); strings.Contains(tables, "inactive=true") {
+		t.Errorf("left is\n%s", tables)
+	}
+	dev := r.attach(spec(slabs...))
+	r.verify("with a table that was not put in force", dev.Path, size, states[0])
+	r.detach(dev)
+
+	// Devices without tables, and without a top.
+	for _, uuid := range []string{topUUID(Raw, owner), slabUUID(slabs[0].ID)} {
+		run(t, "dmsetup", "create", nameOf(uuid), "--uuid", uuid, "--notable")
+	}
+	dev = r.attach(spec(slabs...))
+	r.verify("over devices without tables", dev.Path, size, states[0])
+	top, err = h.MappedByUUID(bg, topUUID(Raw, owner))
+	r.must(err)
+	r.must(h.RemoveMapped(bg, *top))
+	resumed, err := devices().Recover(bg)
+	if left := r.left(); err != nil || len(resumed) > 0 || left != "" {
+		t.Errorf("recovered %v, %v; left is %q", resumed, err, left)
+	}
+}
+
+// recorder notes what changes tables, suspends and flushes.
+type recorder struct {
+	kernel
+	log []string
+}
+
+func (k *recorder) SuspendAll(ctx context.Context, m []host.Mapped, limit time.Duration) (*host.Suspension, error) {
+	k.log = append(k.log, "suspend")
+	return k.kernel.SuspendAll(ctx, m, limit)
+}
+
+func (k *recorder) LoadMapped(ctx context.Context, m host.Mapped, readOnly bool, table []host.Target) error {
+	k.log = append(k.log, "load")
+	return k.kernel.LoadMapped(ctx, m, readOnly, table)
+}
+
+func (k *recorder) FlushDevice(ctx context.Context, path string) error {
+	k.log = append(k.log, "flush "+path)
+	return k.kernel.FlushDevice(ctx, path)
+}
+
+// A flush of a layer goes to its store only: what the old head has in its cache
+// when a layer comes over it would never be flushed again.
+func TestTheOldHeadIsFlushedWhileNothingIsWritten(t *testing.T) {
+	r := newRig(t)
+	const size = mib
+	base, first, second := r.raw("base", size), r.layer("first", size), r.layer("second", size)
+	dev := r.attach(spec(base))
+	for _, slabs := range [][]Slab{{first, base}, {second, first, base}} {
+		w, err := r.d.look(bg)
+		r.must(err)
+		head := w.path(read(*w.uuid(topUUID(Raw, owner))).under)
+		k := &recorder{kernel: r.d.Host}
+		r.d.kernel = k
+		r.change(slabs...)
+		r.d.kernel = nil
+		suspend, load := slices.Index(k.log, "suspend"), slices.Index(k.log, "load")
+		if suspend < 0 || load < suspend || !slices.Contains(k.log[suspend:load], "flush "+head) {
+			t.Errorf("the old head is %s: %v", head, k.log)
+		}
+	}
+	r.verify("the image", dev.Path, size, nil)
+}
