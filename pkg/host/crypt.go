@@ -47,7 +47,7 @@ func (l *Local) Encryption(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = l.run.Run(ctx, Command{Name: cryptsetup, Args: []string{"--version"}, Timeout: quick})
+	_, err = l.run.Run(ctx, Command{Name: cryptsetup, Args: []string{"--version"}, Timeout: openTimeout})
 	return err
 }
 

@@ -86,7 +86,7 @@ func (m *manager) Get(_ context.Context, h image.Handle) (image.Image, error) {
 	if !ok {
 		return image.Image{}, fault.New(fault.NotFound, "no image %s", h)
 	}
-	return image.Image{Handle: h, Size: st.Size, Slab: st.Slabs[0].ID, Chain: st.Slabs, Layout: st.Layout}, nil
+	return image.Image{Handle: h, Size: st.Size - st.Crypt, Slab: st.Slabs[0].ID, Chain: st.Slabs, Layout: st.Layout}, nil
 }
 
 // files is an engine of which a node needs only attaching.
