@@ -87,7 +87,7 @@ func (d *domain) list() []*image {
 	defer d.mu.Unlock()
 	var out []*image
 	for _, img := range d.images {
-		if len(img.old) > 0 || !img.rec.Strong || img.pending != nil || img.merging == nil && d.held(img) {
+		if len(img.old) > 0 || !img.rec.Strong || img.pending != nil || img.dropped() || img.merging == nil && d.held(img) {
 			out = append(out, img)
 		}
 	}

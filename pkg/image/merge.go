@@ -27,6 +27,9 @@ type merge struct {
 	node  string
 	agent ChainAgent
 	total int64 // bytes, as first told
+	// dropped: nobody looks after it any more, and it could not be stopped. The
+	// collector tries again. Guarded by the domain's mu.
+	dropped bool
 }
 
 // The pauses between two looks at a running merge.
@@ -152,14 +155,20 @@ func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 }
 
 // dropMerge stops a merge that is not going to be looked after any more; what
-// fails is left to whoever needs the image next.
+// fails is left to whoever needs the image next, and to the collector.
 func (d *domain) dropMerge(ctx context.Context, img *image) {
-	if err := img.lock.acquire(ctx, nil); err != nil {
-		return
+	err := img.lock.acquire(ctx, nil)
+	if err == nil {
+		defer img.lock.release()
+		err = d.m.stopMerge(ctx, img)
 	}
-	defer img.lock.release()
-	if err := d.m.stopMerge(ctx, img); err != nil {
+	if err != nil {
 		klog.FromContext(ctx).Info("A merge may still be running", "image", img.id, "err", err)
+		d.mu.Lock()
+		defer d.mu.Unlock()
+		if img.merging != nil {
+			img.merging.dropped = true
+		}
 	}
 }
 
@@ -346,16 +355,21 @@ func (d *domain) held(img *image) bool {
 }
 
 // endHold gives an image free that a manager that is gone had held for a merge
-// which it had ended, or which is not due any more. The caller holds img's lock.
+// which it had ended, or which is not due any more, and stops a merge that was
+// dropped. The caller holds img's lock.
 func (d *domain) endHold(ctx context.Context, img *image) error {
 	d.mu.Lock()
-	left := d.held(img) && img.merging == nil && d.mergeable(img) != nil
+	left := img.dropped() || d.held(img) && img.merging == nil && d.mergeable(img) != nil
 	d.mu.Unlock()
 	if !left {
 		return nil
 	}
 	return d.m.stopMerge(ctx, img)
 }
+
+// dropped says whether a merge that nobody looks after could not be stopped.
+// The caller holds d.mu.
+func (img *image) dropped() bool { return img.merging != nil && img.merging.dropped }
 
 // heldForMerge is the node on which a merge holds the image, or "".
 func (img *image) heldForMerge() string {
