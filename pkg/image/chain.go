@@ -142,7 +142,7 @@ func (d *domain) staging(img *image, node string) (Staging, error) {
 		return Staging{}, err
 	}
 	rec := &img.rec
-	st := Staging{Handle: d.handle(img), Domain: d.id, Layout: rec.layout(), Size: rec.Size, Crypt: rec.Crypt, Slabs: chain, ReadOnly: true,
+	st := Staging{Handle: d.handle(img), Domain: d.id, Epoch: int64(d.epoch), Layout: rec.layout(), Size: rec.Size, Crypt: rec.Crypt, Slabs: chain, ReadOnly: true,
 		Fresh: rec.Mutable && !rec.Used && rec.layout() == LayoutImage, Filesystem: rec.FS, Cloned: rec.Cloned}
 	if a := img.attached[node]; a != nil {
 		st.ReadOnly, st.Block, st.Mode = a.ReadOnly, a.Block, a.Mode

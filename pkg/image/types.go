@@ -245,6 +245,9 @@ type Staging struct {
 	Handle Handle
 	// Domain is the domain's ID, whatever name of it the handle has.
 	Domain string
+	// Epoch of the manager that says so: an agent refuses one that is lower than
+	// what it has heard of for the domain.
+	Epoch  int64
 	Layout Layout
 	Size   int64 // bytes of the chain: what users see, and Crypt
 	// Crypt is how many bytes a LUKS2 header takes before what users see; 0: not encrypted.

@@ -43,6 +43,17 @@ func (n *Node) layers(ctx context.Context, h image.Handle) error {
 	return nil
 }
 
+// admit refuses what a manager asks that another one has taken over from.
+func (n *Node) admit(st image.Staging) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if st.Epoch < n.epochs[st.Domain] {
+		return fault.New(fault.Unavailable, "domain %s has a newer manager (epoch %d, this one has %d): ask that one", st.Domain, n.epochs[st.Domain], st.Epoch)
+	}
+	n.epochs[st.Domain] = st.Epoch
+	return nil
+}
+
 // tryFor is tryLock with an error: what the Image Manager asks for waits for no
 // other operation, which may itself be waiting for the Image Manager.
 func (n *Node) tryFor(h image.Handle) (unlock func(), err error) {
@@ -61,6 +72,9 @@ func (n *Node) Switch(ctx context.Context, images []image.Staging) error {
 	var specs []block.Spec
 	var staged []image.Staging
 	for _, st := range images {
+		if err := n.admit(st); err != nil {
+			return err
+		}
 		unlock, err := n.tryFor(st.Handle)
 		if err != nil {
 			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
@@ -148,6 +162,9 @@ func readOwner(h image.Handle, n int) string { return fmt.Sprintf("%s#read%d", h
 func (n *Node) Merge(ctx context.Context, chain image.Staging) (image.Merging, error) {
 	ctx = context.WithoutCancel(ctx)
 	h := chain.Handle
+	if err := n.admit(chain); err != nil {
+		return image.Merging{}, err
+	}
 	if len(chain.Slabs) < 2 {
 		return image.Merging{}, fault.New(fault.Internal, "merge %s: a chain of %d slabs", h, len(chain.Slabs))
 	}
@@ -175,6 +192,9 @@ func (n *Node) Merge(ctx context.Context, chain image.Staging) (image.Merging, e
 func (n *Node) StopMerge(ctx context.Context, chain image.Staging) error {
 	ctx = context.WithoutCancel(ctx)
 	h := chain.Handle
+	if err := n.admit(chain); err != nil {
+		return err
+	}
 	if len(chain.Slabs) == 0 {
 		return nil
 	}

@@ -62,6 +62,7 @@ type Node struct {
 	// reading are the private devices of copies, by path; reads counts them.
 	reading map[string]reading
 	reads   int
+	epochs  map[string]int64 // domain: the highest that a manager has told
 }
 
 var _ image.Agent = (*Node)(nil)
@@ -77,7 +78,7 @@ func New(cfg Config) *Node {
 		busy:   map[image.Handle]chan struct{}{},
 		frozen: map[image.Handle]*host.Freeze{},
 		looks:  map[string]*look{},
-		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]reading{},
+		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]reading{}, epochs: map[string]int64{},
 	}
 }
 

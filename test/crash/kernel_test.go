@@ -35,11 +35,21 @@ type kernel struct {
 	private   map[string]image.Handle          // devices for copies, by path
 	steps     int                              // exceptions that one look at a merge finds merged; 0: all
 	complaint error
+	epochs    map[string]int64 // domain: the highest that the agent has heard of
+}
+
+// admit is what an agent does with the word of a manager. The caller holds k.mu.
+func (k *kernel) admit(st image.Staging) error {
+	if st.Epoch < k.epochs[st.Domain] {
+		return fault.New(fault.Unavailable, "there is a newer manager")
+	}
+	k.epochs[st.Domain] = st.Epoch
+	return nil
 }
 
 func newKernel(t testing.TB, dirs map[string]string) *kernel {
 	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, merging: map[string]bool{},
-		merged: map[string]bool{}, private: map[string]image.Handle{}}
+		merged: map[string]bool{}, private: map[string]image.Handle{}, epochs: map[string]int64{}}
 }
 
 // reboot forgets everything that is not on disk.
@@ -332,6 +342,9 @@ func (a chainAgents) Switch(_ context.Context, images []image.Staging) error {
 	}
 	return a.call("Switch", images[0].Handle, func() error {
 		for _, st := range images {
+			if err := a.k.admit(st); err != nil {
+				return err
+			}
 			top := a.k.tops[st.Handle]
 			if top == nil {
 				continue
@@ -360,6 +373,9 @@ func (a chainAgents) Switch(_ context.Context, images []image.Staging) error {
 
 func (a chainAgents) Merge(_ context.Context, st image.Staging) (m image.Merging, err error) {
 	err = a.call("Merge", st.Handle, func() error {
+		if err := a.k.admit(st); err != nil {
+			return err
+		}
 		m, err = a.k.merge(st)
 		return err
 	})
@@ -426,6 +442,9 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 
 func (a chainAgents) StopMerge(_ context.Context, st image.Staging) error {
 	return a.call("StopMerge", st.Handle, func() error {
+		if err := a.k.admit(st); err != nil {
+			return err
+		}
 		delete(a.k.merging, st.Slabs[0].ID)
 		return nil
 	})

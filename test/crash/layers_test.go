@@ -330,3 +330,24 @@ func TestALayerThatTheKernelGaveUp(t *testing.T) {
 	w.must(w.holds(v, 3))
 	w.end()
 }
+
+// TestAnOlderManagerThatResumesOverLayers is TestAnOlderManagerThatResumes on
+// chains in use: the older one is paused before and after its calls to the node's
+// agent, too.
+func TestAnOlderManagerThatResumesOverLayers(t *testing.T) {
+	st := layered(t)
+	n := 0
+	for _, sc := range layerScenarios() {
+		for _, after := range []bool{false, true} {
+			for _, what := range []takeover{repeats, sleeps, opening} {
+				first := 1 + n%step() // the quick form begins elsewhere each time
+				n++
+				t.Run(fmt.Sprintf("%s, after %t, %s", sc.name, after, what), func(t *testing.T) {
+					t.Parallel()
+					for at := first; overtake(t, st, sc, at, after, what); at += step() {
+					}
+				})
+			}
+		}
+	}
+}
