@@ -67,6 +67,11 @@ func TestLabThinVolumes(t *testing.T) {
 // runLab runs the suite for both kinds of access, in one life of the driver.
 func runLab(t *testing.T, s storage) {
 	dir := t.TempDir()
+	if out := os.Getenv("LAB_OUT"); out != "" { // to be read while it runs
+		if err := os.Symlink(filepath.Join(out, t.Name()+".log"), filepath.Join(dir, "quarry.log")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	d := start(t, build(t), dir, s.entry)
 	defer func() {
 		if t.Failed() {

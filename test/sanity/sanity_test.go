@@ -111,13 +111,13 @@ func nothingIsInUse(t *testing.T, marks ...string) {
 // verify reads Ginkgo's report and sums it up.
 func verify(t *testing.T, report string) string {
 	t.Helper()
-	text, err := os.ReadFile(report)
+	raw, err := os.ReadFile(report)
 	if err != nil {
 		t.Errorf("the suite left no report: %v", err)
 		return "no report"
 	}
 	var suites []types.Report
-	if err := json.Unmarshal(text, &suites); err != nil {
+	if err := json.Unmarshal(raw, &suites); err != nil {
 		t.Errorf("the suite's report: %v", err)
 		return "no report"
 	}
@@ -147,5 +147,9 @@ func verify(t *testing.T, report string) string {
 	if passed < leastSpecs && !focused {
 		t.Errorf("%d specs passed, %d at least were expected", passed, leastSpecs)
 	}
-	return fmt.Sprintf("%d specs passed, %d failed, %d skipped as they may, %d pending in csi-test itself", passed, failed, skipped, pending)
+	text := fmt.Sprintf("%d specs passed, %d failed, %d skipped as they may, %d pending in csi-test itself", passed, failed, skipped, pending)
+	if focused {
+		text += " (" + focusVariable + " is set: only a part was run)"
+	}
+	return text
 }
