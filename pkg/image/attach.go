@@ -96,6 +96,11 @@ func (img *image) checkAccess(rec record, a Access) error {
 	if _, err := decideLayout(rec.layout(), []Access{a}, rec.layout()); err != nil {
 		return err
 	}
+	if rec.Crypt > 0 {
+		if err := checkEncrypted(a); err != nil {
+			return err
+		}
+	}
 	if rec.FS != "" && a.Filesystem != "" && a.Filesystem != rec.FS {
 		return fault.New(fault.Invalid, "the volume carries %s, asked for was %s", rec.FS, a.Filesystem)
 	}

@@ -50,7 +50,21 @@ func (c *creation) checkEncryption(ctx context.Context) error {
 	if c.layout != LayoutImage {
 		return fault.New(fault.Invalid, "parameter encrypted=\"true\" and layout %q: only layout %q can be encrypted", c.layout, LayoutImage)
 	}
+	for _, a := range c.r.Accesses {
+		if err := checkEncrypted(a); err != nil {
+			return err
+		}
+	}
 	return c.m.encrypts(ctx)
+}
+
+// checkEncrypted refuses writers on several nodes: each would make the header of
+// a fresh image, and the last one's key would win.
+func checkEncrypted(a Access) error {
+	if a.Mode == MultiNodeMultiWriter {
+		return fault.New(fault.Invalid, "access mode %s and parameter encrypted=\"true\": an encrypted volume is written on one node at a time", a.Mode)
+	}
+	return nil
 }
 
 // encrypts refuses encryption where every node says that it cannot.

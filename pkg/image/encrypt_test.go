@@ -95,6 +95,16 @@ func TestEncryptedAndPlainAreNotTheSame(t *testing.T) {
 	if !strings.Contains(err.Error(), "directory") || !strings.Contains(err.Error(), "encrypted") {
 		t.Fatal(err)
 	}
+
+	// Two nodes would both make a header.
+	everywhere := image.Access{Block: true, Mode: image.MultiNodeMultiWriter}
+	_, err = r.CreateVolume(r.ctx, image.CreateRequest{Name: "many", Domains: []string{"a"}, Accesses: []image.Access{everywhere}, Encrypted: true})
+	r.is(err, fault.Invalid)
+	_, err = r.Attach(r.ctx, secret.Handle, "n1", everywhere, false)
+	r.is(err, fault.Invalid)
+	if !strings.Contains(err.Error(), "encrypted") {
+		t.Fatal(err)
+	}
 }
 
 // A raw block volume is fresh until its header is sealed: else a crash in
