@@ -275,18 +275,20 @@ func TestKilledProgramsLeaveAllOrNothing(t *testing.T) {
 	sound := g.open(t, host.Exec{})
 	begin := time.Now()
 	ok(t, sound.CreateTag(t.Context(), engine.Tag{Name: "warm", Record: []byte("up")}))
-	whole := time.Since(begin)
+	limit := 2 * float64(time.Since(begin)) // follows the machine's load, so that half of the programs are killed
 	shaky := g.open(t, host.Exec{})
-	shaky.(*lvmEngine).group = newEngineGroupRun(g, killer{func() time.Duration { return rand.N(whole + whole/4) }})
+	shaky.(*lvmEngine).group = newEngineGroupRun(g, killer{func() time.Duration { return time.Duration(rand.Float64() * limit) }})
 	killed, done := 0, 0
 	count := func(err error) {
 		if err == nil {
 			done++
+			limit *= 0.9
 		} else {
 			killed++
+			limit *= 1.1
 		}
 	}
-	for i := range 60 {
+	for i := range 25 {
 		tag := engine.Tag{Name: fmt.Sprintf("i.a.%d", i), Slab: "s", Record: []byte(strings.Repeat("r", i*10))}
 		spec := engine.SlabSpec{ID: fmt.Sprintf("s%d", i), Kind: engine.Block, Size: mib}
 		count(shaky.CreateTag(t.Context(), tag))
@@ -303,7 +305,7 @@ func TestKilledProgramsLeaveAllOrNothing(t *testing.T) {
 		ok(t, sound.DeleteTag(t.Context(), tag.Name))
 		ok(t, sound.DeleteSlab(t.Context(), spec.ID))
 	}
-	if killed < 20 || done < 20 {
+	if killed < 15 || done < 15 {
 		t.Errorf("%d programs were killed and %d were not: that shows nothing", killed, done)
 	}
 	tags, err := sound.ListTags(t.Context(), "i.")
