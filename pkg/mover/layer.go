@@ -26,7 +26,7 @@ func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64)
 
 // Allocate implements image.Mover.
 func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
-	d, err := openLocked(path, unix.O_RDWR)
+	d, err := openStore(path, unix.O_RDWR) // not locked: a node that attaches the file waits for its lock
 	if err != nil {
 		return err
 	}
