@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 	"strings"
@@ -86,8 +87,18 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	return m.view(img), nil
 }
 
-// allocateLayers takes the rest of the space of large layers that are written.
-// What fails is tried again in the next round, and shown until then.
+// allocateSoon lets the collector take the space of large layers, when the
+// snapshots have been made: before, the switch would wait for the storage.
+func (d *domain) allocateSoon(made ...*cutting) {
+	for _, c := range made {
+		if rec, _ := c.src.snapshot(); rec.Chunk > 0 && rec.need() > allocateAtOnce {
+			d.collectSoon()
+		}
+	}
+}
+
+// allocateLayers takes the rest of the space of large layers that are written, in
+// the background. What fails is tried again in the next round, and shown until then.
 func (d *domain) allocateLayers(ctx context.Context) {
 	d.mu.Lock()
 	var due []*image
@@ -97,17 +108,99 @@ func (d *domain) allocateLayers(ctx context.Context) {
 		}
 	}
 	d.mu.Unlock()
-	for _, img := range due {
-		rec, slab := img.snapshot()
-		done := img.read() // the slab stays
-		err := d.allocate(ctx, slab, rec.need())
-		done()
+	if len(due) == 0 {
+		return
+	}
+	d.m.background(ctx, "allocate/"+d.id, "allocate layers", d.id, func(ctx context.Context, op *operation) error {
+		var errs []error
+		for _, img := range due {
+			op.at(d.id, img.id)
+			errs = append(errs, d.allocateLayer(ctx, op, img))
+		}
+		return errors.Join(errs...)
+	})
+}
+
+// allocateLayer takes the space of an image's layer, as long as that is the one
+// that is written.
+func (d *domain) allocateLayer(ctx context.Context, op *operation, img *image) error {
+	defer img.read()() // the slab stays
+	rec, slab := img.snapshot()
+	for size := int64(allocateAtOnce); size < rec.need(); {
+		op.stepf("taking the space of slab %s", slab)
+		op.progress(size, rec.need())
+		size = min(size+allocateStep, rec.need())
+		err := d.allocate(ctx, slab, size)
 		d.mu.Lock()
-		if img.short = err; err == nil && img.rec.need() == rec.need() {
+		stale := img.slab != slab || d.finished(img)
+		if !stale {
+			img.short = err
+		}
+		if err == nil && !stale && size >= img.rec.need() {
 			img.full = slab
 		}
 		d.mu.Unlock()
+		if stale {
+			return nil
+		}
+		if err != nil {
+			return fault.In(err, "take the space of a layer", d.id, slab)
+		}
 	}
+	return nil
+}
+
+// trimLayers gives back the space that the layers of snapshots were given and
+// do not need any more, since nothing is written to them. Before a deleted
+// one is merged into, it gets its space again.
+func (d *domain) trimLayers(ctx context.Context) error {
+	d.mu.Lock()
+	var due []*image
+	for _, img := range d.images {
+		if d.visible(img) && !img.rec.Mutable && img.rec.Chunk > 0 && img.broken == nil && img.trimmed != img.slab {
+			due = append(due, img)
+		}
+	}
+	d.mu.Unlock()
+	var errs []error
+	for _, img := range due {
+		errs = append(errs, fault.In(d.trimLayer(ctx, img), "trim", d.id, img.id))
+	}
+	return errors.Join(errs...)
+}
+
+func (d *domain) trimLayer(ctx context.Context, img *image) error {
+	if !img.lock.tryAcquire() {
+		return nil // the next round
+	}
+	defer img.lock.release()
+	if err := d.resolve(ctx, img); err != nil {
+		return err
+	}
+	rec, slab := img.snapshot()
+	d.mu.Lock()
+	writable := !d.visible(img) || img.merging != nil // deleted: something may be merged into it
+	d.mu.Unlock()
+	if writable || rec.Chunk == 0 {
+		return nil
+	}
+	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	if err != nil {
+		return err
+	}
+	err = errors.Join(d.m.cfg.Mover.TrimLayer(ctx, a.Path, rec.need()), d.engine.DetachSlab(ctx, slab))
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	img.trimmed = slab
+	d.mu.Unlock()
+	if n, known, err := d.allocated(ctx, rec, slab); err != nil || !known || n >= rec.Alloc {
+		return err
+	} else {
+		rec.Alloc = max(n, 1)
+	}
+	return d.commit(ctx, img, rec, slab)
 }
 
 // allocate takes the space of a layer's slab: see Mover.Allocate.

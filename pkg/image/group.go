@@ -120,6 +120,7 @@ func (m *Manager) cutGroup(ctx context.Context, op *operation, g *image, members
 	if err != nil {
 		return err
 	}
+	defer d.allocateSoon(members...)
 	op.took(h)
 	op.stepf("sealing")
 	for _, c := range members {

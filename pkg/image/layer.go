@@ -57,9 +57,10 @@ func (img *image) modes() []Mode {
 }
 
 // allocateAtOnce is how much of a layer's space is taken before it comes into
-// use, in bytes. The rest of a larger one follows at once, in the background: how
-// long a snapshot takes does not depend on the volume's size.
-const allocateAtOnce = 1 << 30
+// use, in bytes. The rest of a larger one follows after the snapshot, in the
+// background, by allocateStep: how long a snapshot takes does not depend on the
+// volume's size.
+const allocateAtOnce, allocateStep = 1 << 30, 16 << 30
 
 // overlay makes the slab id an empty layer for an image of size bytes.
 func (d *domain) overlay(ctx context.Context, op *operation, id string, size, chunk int64, params map[string]string) error {
@@ -109,13 +110,7 @@ func (c *cutting) layOver(ctx context.Context) error {
 		}
 	}
 	rec.Parent, rec.Chunk = c.img.id, chunk
-	if err := d.commit(ctx, c.src, rec, c.img.id); err != nil {
-		return err
-	}
-	if rec.need() > allocateAtOnce {
-		d.collectSoon()
-	}
-	return nil
+	return d.commit(ctx, c.src, rec, c.img.id)
 }
 
 // switchChains lets the nodes on which the images are in use build their
@@ -182,6 +177,7 @@ func (c *cutting) sealCut(ctx context.Context, h how, inexact bool) error {
 	if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
 		rec.Alloc = max(n, 1)
 	}
+	defer d.allocateSoon(c)
 	return d.commit(ctx, c.img, rec, slab)
 }
 
