@@ -74,6 +74,7 @@ func (d *domain) collect(ctx context.Context) error {
 	}
 	errs = append(errs, d.collectEpochs(ctx))
 	d.allocateLayers(ctx)
+	errs = append(errs, d.trimLayers(ctx))
 	d.mergeSome(ctx)
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))

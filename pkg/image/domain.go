@@ -77,6 +77,7 @@ type image struct {
 	merging        *merge    // of its slab into its parent's
 	mergeTried     time.Time // when that was last begun
 	full           string    // the slab, a layer, that has all its space
+	trimmed        string    // the slab, a snapshot's layer, that has no more than it needs
 	short          error     // why it has not
 	lastOld        time.Time // when its last superseded revision was deleted
 	found          time.Time // when its leftovers were found at opening; zero: made by this process

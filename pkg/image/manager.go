@@ -62,6 +62,9 @@ type Mover interface {
 	// can, so that no write to it finds the storage full. It changes nothing that
 	// can be read, and the file may be in use. fault.Exhausted: there is not so much.
 	Allocate(ctx context.Context, path string, size int64) error
+	// TrimLayer gives back the space of a layer of size bytes, a file, that nobody
+	// writes to, behind what it holds. It may be read meanwhile.
+	TrimLayer(ctx context.Context, path string, size int64) error
 	// CheckLayer looks at a layer, which may be in use: fault.Corrupt says that it is
 	// none, or that the kernel has given it up after a failed write.
 	CheckLayer(ctx context.Context, path string) error

@@ -108,6 +108,14 @@ func StoreSize(size, chunk int64) int64 {
 	return chunk * (1 + areas + n)
 }
 
+// Used is how many bytes at the beginning of a store with n exceptions hold
+// something: up to the end of the metadata that the kernel has zeroed ahead. What
+// lies behind may be given back while nobody writes to the layer.
+func Used(n, chunk int64) int64 {
+	h := Header{Chunk: chunk}
+	return (h.area(n/(chunk/entrySize)+1) + 1) * chunk
+}
+
 // chunks is how many chunks cover size bytes.
 func chunks(size, chunk int64) int64 { return (size + chunk - 1) / chunk }
 

@@ -37,6 +37,41 @@ func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
 	return sysErr(retry(func() error { return unix.Fsync(d.fd) }), "flush", path)
 }
 
+// TrimLayer implements image.Mover.
+func (m *Mover) TrimLayer(ctx context.Context, path string, size int64) error {
+	d, err := openStore(path, unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	defer d.close()
+	if d.device {
+		return nil
+	}
+	h, err := layer.ReadHeader(d.file())
+	if err != nil {
+		return err
+	}
+	n := int64(0)
+	err = layer.Exceptions(d.file(), size, func(_, _ int64) error { n++; return ctx.Err() })
+	if ctx.Err() != nil {
+		return canceled(ctx, "trimming of layer "+path)
+	}
+	if err != nil {
+		return err
+	}
+	from := layer.Used(n, h.Chunk)
+	if from >= size {
+		return nil
+	}
+	err = retry(func() error {
+		return unix.Fallocate(d.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, size-from)
+	})
+	if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
+		return nil
+	}
+	return sysErr(err, "give back the space of", path)
+}
+
 // CheckLayer implements image.Mover.
 func (m *Mover) CheckLayer(_ context.Context, path string) error {
 	d, err := openSource(path)

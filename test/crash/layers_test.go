@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -350,4 +351,40 @@ func TestAnOlderManagerThatResumesOverLayers(t *testing.T) {
 			}
 		}
 	}
+}
+
+func TestASnapshotsLayerGivesItsSpaceBack(t *testing.T) {
+	w, v, s1, s2 := chained(t)
+	used := func(slab string) int64 {
+		st, err := os.Stat(filepath.Join(w.dirs["a"], "slabs", slab))
+		w.must(err)
+		return st.Sys().(*syscall.Stat_t).Blocks * 512
+	}
+	head, below := v.Chain[0].ID, v.Chain[1].ID
+	if used(below) < 2*mib {
+		w.fatalf("the layer of %s was made with %d bytes of space", s2.Handle, used(below))
+	}
+	w.start()
+	w.must(w.collect())
+	if n := used(below); n >= 2*mib || n < 3*pieceSize {
+		w.fatalf("the layer of %s holds %d bytes of content and takes %d", s2.Handle, 3*pieceSize, n)
+	}
+	if n := used(head); n < 2*mib {
+		w.fatalf("the layer of the volume, which is written, has only %d bytes of space", n)
+	}
+	for img, seed := range map[*image.Image]uint64{&v: 3, &s2: 2, &s1: 1} {
+		now, err := w.Get(w.ctx, img.Handle)
+		w.must(err)
+		w.must(w.holds(now, seed))
+	}
+	// It gets all of it again before something is merged into it.
+	w.must(w.DeleteSnapshot(w.ctx, s2.Handle))
+	w.must(w.collect())
+	now, err := w.Get(w.ctx, v.Handle)
+	w.must(err)
+	if len(now.Chain) != 2 || now.Chain[0].ID != below || used(below) < 2*mib {
+		w.fatalf("after the merge the chain is %v, and its head takes %d bytes", now.Chain, used(below))
+	}
+	w.must(w.holds(now, 3))
+	w.end()
 }
