@@ -72,7 +72,9 @@ func chainOf(images []Image, of Image) Chain {
 	}
 	slices.Reverse(ancestors)
 	out := Chain{Image: of, Lineage: append(ancestors, of)}
-	out.Slabs = of.Slabs
+	if out.Slabs = of.Slabs; len(out.Slabs) == 0 && of.Slab != "" {
+		out.Slabs = []string{of.Slab} // of one that is half made or deleted
+	}
 	var descend func(Image)
 	descend = func(i Image) {
 		below := children[i.Handle]
