@@ -285,15 +285,32 @@ func (d *Directory) OpenSlab(id string) (*os.File, engine.Slab, error) {
 		return nil, none, Fault(err)
 	}
 	defer wrapper.Close()
+	data, size, err := openTree(wrapper, id)
+	if err != nil && !d.still(wrapper, id) { // it was deleted, and is being emptied
+		return nil, none, fault.New(fault.NotFound, "slab %q does not exist", id)
+	}
+	return data, engine.Slab{ID: id, Kind: engine.Tree, Size: size}, err
+}
+
+// still says whether an open tree slab is the one that has its name.
+func (d *Directory) still(wrapper *os.File, id string) bool {
+	var open, named unix.Stat_t
+	return unix.Fstat(int(wrapper.Fd()), &open) == nil &&
+		unix.Fstatat(int(d.slabs.Fd()), id, &named, unix.AT_SYMLINK_NOFOLLOW) == nil &&
+		open.Dev == named.Dev && open.Ino == named.Ino
+}
+
+// openTree opens the data directory of a tree slab and reads its size.
+func openTree(wrapper *os.File, id string) (*os.File, int64, error) {
 	size, err := readSpec(wrapper)
 	if err != nil {
-		return nil, none, err
+		return nil, 0, err
 	}
 	data, err := openat(wrapper, "data", unix.O_RDONLY|unix.O_DIRECTORY)
 	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
-		return nil, none, fault.New(fault.Corrupt, "slab %q: its data directory is missing or was replaced", id)
+		return nil, 0, fault.New(fault.Corrupt, "slab %q: its data directory is missing or was replaced", id)
 	}
-	return data, engine.Slab{ID: id, Kind: engine.Tree, Size: size}, Fault(err)
+	return data, size, Fault(err)
 }
 
 // AttachSlab implements engine.Engine: nothing needs to be done on the host.
