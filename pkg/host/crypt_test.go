@@ -10,7 +10,6 @@ import (
 	"strings"
 	"testing"
 
-	"k8s.io/klog/v2"
 	"k8s.io/klog/v2/ktesting"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -163,5 +162,4 @@ func TestNothingPrintsASecret(t *testing.T) {
 			t.Errorf("%q", s)
 		}
 	}
-	var _ klog.Logger = log
 }

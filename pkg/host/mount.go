@@ -45,6 +45,8 @@ func (l *Local) MountFilesystem(ctx context.Context, source, target, fsType stri
 // withdraw takes down a mount that came too late: nobody waits for it, and
 // nobody would know of it.
 func (l *Local) withdraw(target string, own func(Mount) bool) {
+	again := time.NewTicker(10 * time.Millisecond) // somebody looks at it; the kernel tells nobody when it comes free
+	defer again.Stop()
 	for range 100 {
 		at, err := l.MountsAt(target)
 		if err != nil || len(at) == 0 || !own(at[len(at)-1]) {
@@ -53,7 +55,7 @@ func (l *Local) withdraw(target string, own func(Mount) bool) {
 		if !errors.Is(unix.Unmount(target, unix.UMOUNT_NOFOLLOW), unix.EBUSY) {
 			return
 		}
-		time.Sleep(10 * time.Millisecond) // somebody looks at it; the kernel tells nobody when it comes free
+		<-again.C
 	}
 	_ = unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
 }
