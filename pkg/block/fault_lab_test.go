@@ -243,3 +243,32 @@ func TestTheOldHeadIsFlushedWhileNothingIsWritten(t *testing.T) {
 	}
 	r.verify("the image", dev.Path, size, nil)
 }
+
+// Why Grow loads a layer's table over another origin only while the layer is
+// suspended: what is written between the load and the resume is lost. Over the same
+// origin the kernel hands its exceptions on.
+func TestWhatIsWrittenAfterAStoreWasReadIsLost(t *testing.T) {
+	r := newRig(t)
+	const size = mib
+	base, over := r.raw("base", size), r.layer("over", size)
+	dev := r.attach(spec(over, base))
+	c := content{}
+	r.write(dev.Path, c, 1, 0)
+	w, err := r.d.look(bg)
+	r.must(err)
+	m := *w.uuid(slabUUID(over.ID))
+	in := read(m)
+
+	r.must(r.d.Host.LoadMapped(bg, m, false, layered("snapshot", in.under, in.store, in.chunk, size)))
+	r.write(dev.Path, c, 2, 1)
+	r.must(r.d.Host.ResumeMapped(bg, m))
+	r.verify("over the same origin", dev.Path, size, c)
+
+	pad, err := r.d.pad(bg, w, m.UUID, in.under, size, 2*size)
+	r.must(err)
+	r.must(r.d.Host.LoadMapped(bg, m, false, layered("snapshot", pad, in.store, in.chunk, size)))
+	lost := c.copy()
+	r.write(dev.Path, c, 3, 2)
+	r.must(r.d.Host.ResumeMapped(bg, m))
+	r.verify("over another origin", dev.Path, size, lost)
+}
