@@ -192,6 +192,10 @@ func (m *Manager) finish(ctx context.Context, op *operation, res any, err error)
 		m.cfg.Observe(op.verb, v.Domain, path, took, err)
 	}
 	log := klog.FromContext(ctx)
+	if err != nil && fault.KindOf(err) == fault.Pending { // nothing is wrong, it is going to be tried again
+		log.Info("Operation put off", "why", err, "op", op.verb, "name", op.name, "domain", v.Domain, "image", v.Image, "took", took)
+		return
+	}
 	if err != nil {
 		log.Error(err, "Operation failed", "op", op.verb, "name", op.name, "domain", v.Domain, "image", v.Image, "took", took)
 		return
