@@ -23,84 +23,88 @@ func TestGroupSnapshot(t *testing.T) {
 	}
 	binary := build(t)
 	for _, fs := range []string{"ext4", "xfs"} {
-		t.Run(fs, func(t *testing.T) {
-			root, dir := hosttest.Filesystem(t, fs, 8<<30), t.TempDir()
-			domain := filepath.Join(root, "domain")
-			if err := os.Mkdir(domain, 0o755); err != nil {
-				t.Fatal(err)
-			}
-			d := start(t, binary, dir, directory(domain))
-			ctx, cancel := context.WithTimeout(t.Context(), patience)
-			defer cancel()
-			u := user{t: t, ctx: ctx, dir: dir, d: d}
-
-			a, b := u.create("a", ""), u.create("b", "")
-			targetA, targetB := u.publish(a), u.publish(b)
-			write(t, filepath.Join(targetA, "file"), "content of a")
-			write(t, filepath.Join(targetB, "file"), "content of b")
-
-			asked := &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a, b}}
-			g, err := d.CreateVolumeGroupSnapshot(ctx, asked)
-			if err != nil {
-				t.Fatalf("%v\n%s", err, d.LastLog(40))
-			}
-			group := g.GroupSnapshot
-			if !group.ReadyToUse || len(group.Snapshots) != 2 || group.CreationTime == nil {
-				t.Fatalf("the group: %v", group)
-			}
-			write(t, filepath.Join(targetA, "file"), "changed")
-			again, err := d.CreateVolumeGroupSnapshot(ctx, asked)
-			if err != nil || again.GroupSnapshot.GroupSnapshotId != group.GroupSnapshotId || len(again.GroupSnapshot.Snapshots) != 2 {
-				t.Errorf("asked again: %v, %v", again, err)
-			}
-			_, err = d.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a}})
-			wantCode(t, "another group of the same name", err, "AlreadyExists")
-
-			// A member is a snapshot like others, but cannot be deleted by itself.
-			members := ids(group)
-			_, err = u.d.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: members[0]})
-			wantCode(t, "deleting a member", err, "InvalidArgument")
-			l, err := u.d.ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
-			if err != nil || len(l.Entries) != 2 {
-				t.Errorf("listed: %v, %v", l, err)
-			}
-
-			// The process ends while the volumes stay mounted; another finds all of it again.
-			d.stop(t)
-			d = start(t, binary, dir, directory(domain))
-			u.d = d
-			found, err := d.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members})
-			if err != nil || !slices.Equal(ids(found.GroupSnapshot), members) || !found.GroupSnapshot.CreationTime.AsTime().Equal(group.CreationTime.AsTime()) {
-				t.Errorf("after a restart: %v, %v; want %v", found, err, group)
-			}
-			if text, err := os.ReadFile(filepath.Join(targetA, "file")); err != nil || string(text) != "changed" {
-				t.Errorf("the mounted volume after a restart: %q, %v", text, err)
-			}
-
-			for _, m := range group.Snapshots {
-				want := map[string]string{a: "content of a", b: "content of b"}[m.SourceVolumeId]
-				restored := u.create("restored-"+want[len(want)-1:], m.SnapshotId)
-				text, err := os.ReadFile(filepath.Join(u.publish(restored), "file"))
-				if err != nil || string(text) != want {
-					t.Errorf("restored from %s: %q, %v; want %q", m.SnapshotId, text, err, want)
-				}
-				u.remove(restored)
-			}
-
-			_, err = d.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members[:1]})
-			wantCode(t, "deleting with another list", err, "InvalidArgument")
-			for range 2 {
-				if _, err := d.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members}); err != nil {
-					t.Errorf("deleting the group: %v", err)
-				}
-			}
-			_, err = u.d.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: a})
-			wantCode(t, "deleting a volume in use", err, "FailedPrecondition")
-			u.remove(a)
-			u.remove(b)
-			d.nothingIsLeft(t, domain)
-		})
+		t.Run(fs, func(t *testing.T) { groupSnapshot(t, binary, fs) })
 	}
+}
+
+// groupSnapshot returns the driver, which runs.
+func groupSnapshot(t *testing.T, binary, fs string) *driver {
+	root, dir := hosttest.Filesystem(t, fs, 8<<30), t.TempDir()
+	domain := filepath.Join(root, "domain")
+	if err := os.Mkdir(domain, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	d := start(t, binary, dir, directory(domain))
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	u := user{t: t, ctx: ctx, dir: dir, d: d}
+
+	a, b := u.create("a", ""), u.create("b", "")
+	targetA, targetB := u.publish(a), u.publish(b)
+	write(t, filepath.Join(targetA, "file"), "content of a")
+	write(t, filepath.Join(targetB, "file"), "content of b")
+
+	asked := &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a, b}}
+	g, err := d.CreateVolumeGroupSnapshot(ctx, asked)
+	if err != nil {
+		t.Fatalf("%v\n%s", err, d.LastLog(40))
+	}
+	group := g.GroupSnapshot
+	if !group.ReadyToUse || len(group.Snapshots) != 2 || group.CreationTime == nil {
+		t.Fatalf("the group: %v", group)
+	}
+	write(t, filepath.Join(targetA, "file"), "changed")
+	again, err := d.CreateVolumeGroupSnapshot(ctx, asked)
+	if err != nil || again.GroupSnapshot.GroupSnapshotId != group.GroupSnapshotId || len(again.GroupSnapshot.Snapshots) != 2 {
+		t.Errorf("asked again: %v, %v", again, err)
+	}
+	_, err = d.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "group", SourceVolumeIds: []string{a}})
+	wantCode(t, "another group of the same name", err, "AlreadyExists")
+
+	// A member is a snapshot like others, but cannot be deleted by itself.
+	members := ids(group)
+	_, err = u.d.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: members[0]})
+	wantCode(t, "deleting a member", err, "InvalidArgument")
+	l, err := u.d.ListSnapshots(ctx, &csi.ListSnapshotsRequest{})
+	if err != nil || len(l.Entries) != 2 {
+		t.Errorf("listed: %v, %v", l, err)
+	}
+
+	// The process ends while the volumes stay mounted; another finds all of it again.
+	d.stop(t)
+	d = start(t, binary, dir, directory(domain))
+	u.d = d
+	found, err := d.GetVolumeGroupSnapshot(ctx, &csi.GetVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members})
+	if err != nil || !slices.Equal(ids(found.GroupSnapshot), members) || !found.GroupSnapshot.CreationTime.AsTime().Equal(group.CreationTime.AsTime()) {
+		t.Errorf("after a restart: %v, %v; want %v", found, err, group)
+	}
+	if text, err := os.ReadFile(filepath.Join(targetA, "file")); err != nil || string(text) != "changed" {
+		t.Errorf("the mounted volume after a restart: %q, %v", text, err)
+	}
+
+	for _, m := range group.Snapshots {
+		want := map[string]string{a: "content of a", b: "content of b"}[m.SourceVolumeId]
+		restored := u.create("restored-"+want[len(want)-1:], m.SnapshotId)
+		text, err := os.ReadFile(filepath.Join(u.publish(restored), "file"))
+		if err != nil || string(text) != want {
+			t.Errorf("restored from %s: %q, %v; want %q", m.SnapshotId, text, err, want)
+		}
+		u.remove(restored)
+	}
+
+	_, err = d.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members[:1]})
+	wantCode(t, "deleting with another list", err, "InvalidArgument")
+	for range 2 {
+		if _, err := d.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: group.GroupSnapshotId, SnapshotIds: members}); err != nil {
+			t.Errorf("deleting the group: %v", err)
+		}
+	}
+	_, err = u.d.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: a})
+	wantCode(t, "deleting a volume in use", err, "FailedPrecondition")
+	u.remove(a)
+	u.remove(b)
+	d.nothingIsLeft(t, domain)
+	return d
 }
 
 // user does with a driver what a container orchestrator does.

@@ -64,6 +64,15 @@ func TestLabThinVolumes(t *testing.T) {
 	runLab(t, vg.storage("snapshot", "    thinPool: pool\n"))
 }
 
+// TestLabGroupSnapshot cuts two mounted volumes at one moment, by layers.
+func TestLabGroupSnapshot(t *testing.T) {
+	lab.Need(t)
+	d := groupSnapshot(t, build(t), "ext4")
+	d.noCopies(t, "layer")
+	d.stop(t)
+	noMapped(t)
+}
+
 // runLab runs the suite for both kinds of access, in one life of the driver.
 func runLab(t *testing.T, s storage) {
 	dir := t.TempDir()
