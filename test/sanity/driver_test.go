@@ -56,19 +56,23 @@ func (d *driver) stop(t *testing.T) {
 // directory is the entry of a domain of engine dir.
 func directory(path string) string { return process.Domain("local", path, "  scope: node\n") }
 
-// openDomain asks for a volume, to learn the ID of the domain.
+// openDomain asks for a volume until the domain is open, to learn its ID.
 func (d *driver) openDomain(t *testing.T) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	r, err := d.CreateVolume(ctx, &csi.CreateVolumeRequest{
-		Name: "probe", VolumeCapabilities: []*csi.VolumeCapability{{
-			AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
-			AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
-		}}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20},
+	var r *csi.CreateVolumeResponse
+	wait(t, "the domain to open", patience, func() (err error) {
+		r, err = d.CreateVolume(ctx, &csi.CreateVolumeRequest{
+			Name: "probe", VolumeCapabilities: []*csi.VolumeCapability{{
+				AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
+				AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER},
+			}}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20},
+		})
+		return err
 	})
-	if err != nil {
-		t.Fatalf("creating a first volume: %v\n%s", err, d.LastLog(40))
+	if t.Failed() {
+		t.Fatalf("no first volume:\n%s", d.LastLog(40))
 	}
 	if _, err := d.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: r.Volume.VolumeId}); err != nil {
 		t.Fatal(err)
