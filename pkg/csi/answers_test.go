@@ -437,14 +437,18 @@ func TestADeadServerHoldsNobodyUp(t *testing.T) {
 		s, m, n := world(t)
 		m.dead = make(chan struct{})
 		defer close(m.dead)
-		n.conditions = []node.Condition{{Status: node.StorageDegraded, Reason: "CallsHang"}}
+		n.conditions = []node.Condition{{Status: node.StorageUnreachable, Reason: "CallsHang"}}
+		began := time.Now()
 		r, err := s.NodeGetStorageHealth(ctx, &csi.NodeGetStorageHealthRequest{})
-		if err != nil || len(r.BackendHealth) != 2 || r.BackendHealth[1].Status != csi.StorageHealthErrorType_STORAGE_UNREACHABLE {
+		if err != nil || len(r.BackendHealth) != 1 || r.BackendHealth[0].Status != csi.StorageHealthErrorType_STORAGE_UNREACHABLE {
 			t.Errorf("%v, %v", r, err)
 		}
 		c, err := s.ControllerGetCapabilities(ctx, &csi.ControllerGetCapabilitiesRequest{})
 		if err != nil || len(c.Capabilities) < 16 {
 			t.Errorf("%v, %v", c, err)
+		}
+		if time.Since(began) > 0 {
+			t.Errorf("%v were spent on asking a storage about what is known", time.Since(began))
 		}
 		_, err = s.GetCapacity(ctx, &csi.GetCapacityRequest{})
 		wantKind(t, "capacity", err, fault.Unavailable)

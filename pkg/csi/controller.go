@@ -185,7 +185,7 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 			return nil, err
 		}
 	}
-	if err := s.checkEngineParams(ctx, c); err != nil {
+	if err := s.checkEngineParams(c); err != nil {
 		return nil, err
 	}
 	var node string
@@ -198,41 +198,34 @@ func (s *Server) GetCapacity(ctx context.Context, req *csi.GetCapacityRequest) (
 	if err != nil {
 		return nil, err
 	}
-	domains, none, err := s.suitable(ctx, c, kind)
-	if err != nil {
-		return nil, err
-	}
+	domains, none := s.suitable(c, kind)
 	if none {
 		return &csi.GetCapacityResponse{}, nil
 	}
-	available, largest, smallest, err := s.cfg.Manager.Capacity(ctx, domains, node)
+	room, err := s.measure(ctx, domains, node)
 	if err != nil {
 		return nil, err
 	}
 	if c.encrypted { // the header is not the user's
-		available = max(0, available-image.EncryptionHeader)
-		largest = max(0, largest-image.EncryptionHeader)
+		room.available = max(0, room.available-image.EncryptionHeader)
+		room.largest = max(0, room.largest-image.EncryptionHeader)
 	}
-	r := &csi.GetCapacityResponse{AvailableCapacity: available}
-	if largest > 0 {
-		r.MaximumVolumeSize = wrapperspb.Int64(largest)
+	r := &csi.GetCapacityResponse{AvailableCapacity: room.available}
+	if room.largest > 0 {
+		r.MaximumVolumeSize = wrapperspb.Int64(room.largest)
 	}
-	if smallest > 0 {
-		r.MinimumVolumeSize = wrapperspb.Int64(smallest)
+	if room.smallest > 0 {
+		r.MinimumVolumeSize = wrapperspb.Int64(room.smallest)
 	}
 	return r, nil
 }
 
 // suitable narrows a class's domains to those that can hold its volumes; nil
 // means every domain, none that there is not one.
-func (s *Server) suitable(ctx context.Context, c class, kind engine.Kind) (domains []string, none bool, err error) {
-	infos, err := s.domains(ctx)
-	if err != nil {
-		return nil, false, err
-	}
+func (s *Server) suitable(c class, kind engine.Kind) (domains []string, none bool) {
 	narrowed := false
 	known := map[string]bool{}
-	for _, d := range infos {
+	for _, d := range s.cfg.Manager.KnownDomains() {
 		for _, n := range append([]string{d.ID, d.Config.Name}, d.Config.Aliases...) {
 			known[n] = true
 		}
@@ -251,13 +244,13 @@ func (s *Server) suitable(ctx context.Context, c class, kind engine.Kind) (domai
 	}
 	for _, n := range c.domains { // an unknown name is the Image Manager's to refuse
 		if !known[n] {
-			return c.domains, false, nil
+			return c.domains, false
 		}
 	}
 	if !narrowed {
-		return c.domains, false, nil
+		return c.domains, false
 	}
-	return domains, len(domains) == 0, nil
+	return domains, len(domains) == 0
 }
 
 // ControllerGetCapabilities lists what every domain gives. The Image Manager
@@ -279,10 +272,10 @@ func (s *Server) ControllerGetCapabilities(ctx context.Context, _ *csi.Controlle
 		csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
 		csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
 	}
-	if s.somewhere(ctx, engine.CapSnapshot) {
+	if s.somewhere(engine.CapSnapshot) {
 		types = append(types, csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT)
 	}
-	if s.somewhere(ctx, engine.CapClone) {
+	if s.somewhere(engine.CapClone) {
 		types = append(types, csi.ControllerServiceCapability_RPC_CLONE_VOLUME)
 	}
 	r := &csi.ControllerGetCapabilitiesResponse{}
@@ -295,11 +288,10 @@ func (s *Server) ControllerGetCapabilities(ctx context.Context, _ *csi.Controlle
 }
 
 // somewhere says whether at least one domain has a capability, natively or by
-// its default. Without any domain, and for one that is not open or does not
-// answer, the default counts.
-func (s *Server) somewhere(ctx context.Context, c engine.Capability) bool {
-	domains, err := s.domains(ctx)
-	return err != nil || len(domains) == 0 || slices.ContainsFunc(domains, func(d image.DomainInfo) bool {
+// its default. Without any domain, and for one that is not open, the default counts.
+func (s *Server) somewhere(c engine.Capability) bool {
+	domains := s.cfg.Manager.KnownDomains()
+	return len(domains) == 0 || slices.ContainsFunc(domains, func(d image.DomainInfo) bool {
 		return !d.Config.NativeOnly || !d.Open || slices.Contains(d.Capabilities, c)
 	})
 }
@@ -349,7 +341,7 @@ func (s *Server) validate(ctx context.Context, img image.Image, as []image.Acces
 	if err != nil {
 		return err
 	}
-	if err := s.checkEngineParams(ctx, c); err != nil {
+	if err := s.checkEngineParams(c); err != nil {
 		return err
 	}
 	if c.layout != "" && c.layout != img.Layout {
@@ -361,11 +353,7 @@ func (s *Server) validate(ctx context.Context, img image.Image, as []image.Acces
 	if len(c.domains) == 0 {
 		return nil
 	}
-	domains, err := s.domains(ctx)
-	if err != nil {
-		return err
-	}
-	for _, d := range domains {
+	for _, d := range s.cfg.Manager.KnownDomains() {
 		if d.ID == img.Handle.Domain && !c.places(d) {
 			return fault.New(fault.Invalid, "the volume is on domain %q, the parameters say %s", d.ID, strings.Join(c.domains, ", "))
 		}

@@ -133,6 +133,9 @@ func (f *fakeManager) Detach(_ context.Context, h image.Handle, on string) error
 }
 
 func (f *fakeManager) Capacity(context.Context, []string, string) (int64, int64, int64, error) {
+	if f.dead != nil {
+		<-f.dead
+	}
 	return 100, 50, 1, f.did("capacity")
 }
 
@@ -148,12 +151,7 @@ func (f *fakeManager) Canonical(h image.Handle) image.Handle {
 	return h
 }
 
-func (f *fakeManager) Domains(context.Context) []image.DomainInfo {
-	if f.dead != nil {
-		<-f.dead
-	}
-	return f.domains
-}
+func (f *fakeManager) KnownDomains() []image.DomainInfo { return f.domains }
 
 func (f *fakeManager) Allocated(_ context.Context, h image.Handle, from int64, emit func([]engine.Extent) error) error {
 	return f.emit(fmt.Sprintf("allocated %s from %d", h, from), emit)

@@ -16,7 +16,7 @@ import (
 // GroupControllerGetCapabilities lists what groups can do.
 func (s *Server) GroupControllerGetCapabilities(ctx context.Context, _ *csi.GroupControllerGetCapabilitiesRequest) (*csi.GroupControllerGetCapabilitiesResponse, error) {
 	r := &csi.GroupControllerGetCapabilitiesResponse{}
-	if s.somewhere(ctx, engine.CapSnapshot) {
+	if s.somewhere(engine.CapSnapshot) {
 		r.Capabilities = append(r.Capabilities, &csi.GroupControllerServiceCapability{Type: &csi.GroupControllerServiceCapability_Rpc{
 			Rpc: &csi.GroupControllerServiceCapability_RPC{Type: csi.GroupControllerServiceCapability_RPC_CREATE_DELETE_GET_VOLUME_GROUP_SNAPSHOT},
 		}})

@@ -233,11 +233,7 @@ func (s *Server) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolume
 // NodeGetStorageHealth says which domains cannot be used from this node.
 func (s *Server) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	var open, problems []string
-	domains, err := s.domains(ctx)
-	if err != nil {
-		problems = append(problems, err.Error())
-	}
-	for _, d := range domains {
+	for _, d := range s.cfg.Manager.KnownDomains() {
 		switch {
 		case d.Config.Scope == image.ScopeNode && d.Config.Node != s.cfg.NodeID:
 		case d.Open:

@@ -1,7 +1,6 @@
 package csi
 
 import (
-	"context"
 	"maps"
 	"slices"
 	"strconv"
@@ -185,16 +184,12 @@ func describe(d *image.Described, key, value string) {
 // checkEngineParams refuses class parameters that no domain of the class
 // takes. A domain that is not open cannot say what it takes: then the Image
 // Manager decides.
-func (s *Server) checkEngineParams(ctx context.Context, c class) error {
+func (s *Server) checkEngineParams(c class) error {
 	if len(c.engine) == 0 {
 		return nil
 	}
 	known := []string{paramDomain, paramDomains, paramEncrypted, paramLayout, paramRequireNative, paramRestorePlacement, paramChainLimit, paramQuiesceLimit}
-	domains, err := s.domains(ctx)
-	if err != nil {
-		return err
-	}
-	for _, d := range domains {
+	for _, d := range s.cfg.Manager.KnownDomains() {
 		if !c.places(d) {
 			continue
 		}

@@ -9,6 +9,7 @@ import (
 	"context"
 	"net"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -35,9 +36,9 @@ const (
 	// shutdownGrace is how long running calls may take to end after a stop is
 	// asked for: less than the 30 s that Kubernetes gives a pod.
 	shutdownGrace = 20 * time.Second
-	// domainsLimit is how long a domain may take to be measured; health must be
-	// told while a server is dead, and sidecars ask with a limit of about 10 s.
-	domainsLimit = 5 * time.Second
+	// measureLimit is how long the domains may take to be measured: sidecars ask
+	// with a limit of about 10 s, also while a server is dead.
+	measureLimit = 8 * time.Second
 )
 
 // Manager is what the services use of image.Manager.
@@ -59,7 +60,7 @@ type Manager interface {
 	Capacity(ctx context.Context, domains []string, node string) (available, maxVolume, minVolume int64, err error)
 	Topology(domain string) (node string, err error)
 	Canonical(h image.Handle) image.Handle
-	Domains(ctx context.Context) []image.DomainInfo
+	KnownDomains() []image.DomainInfo
 	Allocated(ctx context.Context, h image.Handle, from int64, emit func([]engine.Extent) error) error
 	Changed(ctx context.Context, base, target image.Handle, from int64, emit func([]engine.Extent) error) error
 }
@@ -91,7 +92,7 @@ type Config struct {
 type Server struct {
 	cfg   Config
 	calls *prometheus.HistogramVec // nil without Config.Metrics
-	// asking makes one question of all that are asked about the domains at a
+	// asking makes one question of all that are asked about the same domains at a
 	// time: while a storage does not answer, at most one waits for it.
 	asking singleflight.Group
 
@@ -131,21 +132,27 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-// domains asks the Image Manager about its domains, which measures them, but
-// never waits long for a dead server: fault.Unavailable then.
-func (s *Server) domains(ctx context.Context) ([]image.DomainInfo, error) {
-	answer := s.asking.DoChan("", func() (any, error) {
-		return s.cfg.Manager.Domains(context.WithoutCancel(ctx)), nil
+// capacity is what can be promised, in bytes; see image.Manager.Capacity.
+type capacity struct{ available, largest, smallest int64 }
+
+// measure asks the Image Manager for capacity, which asks the storage, but never
+// waits long for a dead server: fault.Unavailable then.
+func (s *Server) measure(ctx context.Context, domains []string, node string) (capacity, error) {
+	answer := s.asking.DoChan(strings.Join(domains, ",")+" "+node, func() (any, error) {
+		var c capacity
+		var err error
+		c.available, c.largest, c.smallest, err = s.cfg.Manager.Capacity(context.WithoutCancel(ctx), domains, node)
+		return c, err
 	})
-	limit := time.NewTimer(domainsLimit)
+	limit := time.NewTimer(measureLimit)
 	defer limit.Stop()
 	select {
 	case r := <-answer:
-		return r.Val.([]image.DomainInfo), r.Err
+		return r.Val.(capacity), r.Err
 	case <-limit.C:
-		return nil, fault.New(fault.Unavailable, "the storage of a domain does not answer within %s", domainsLimit)
+		return capacity{}, fault.New(fault.Unavailable, "the storage of a domain does not answer within %s", measureLimit)
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return capacity{}, ctx.Err()
 	}
 }
 

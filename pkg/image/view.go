@@ -150,11 +150,21 @@ func (m *Manager) All(context.Context) []Image {
 	return out
 }
 
-// Domains describes the configured domains, ordered by name.
+// Domains describes the configured domains, ordered by name, and measures
+// those that are open.
 func (m *Manager) Domains(ctx context.Context) []DomainInfo {
+	return m.describe(func(d *domain) DomainInfo { return d.measured(ctx) })
+}
+
+// KnownDomains is Domains without Usage and Capacity: no storage is asked.
+func (m *Manager) KnownDomains() []DomainInfo {
+	return m.describe((*domain).info)
+}
+
+func (m *Manager) describe(info func(*domain) DomainInfo) []DomainInfo {
 	var out []DomainInfo
 	for _, d := range m.open() {
-		out = append(out, d.info(ctx))
+		out = append(out, info(d))
 	}
 	m.mu.Lock()
 	for _, u := range m.unopened {
@@ -172,9 +182,9 @@ func (m *Manager) Domains(ctx context.Context) []DomainInfo {
 	return out
 }
 
-func (d *domain) info(ctx context.Context) DomainInfo {
-	v := DomainInfo{ID: d.id, Config: d.cfg, Open: true, Epoch: int64(d.epoch), Owner: d.m.cfg.Installation,
-		Description: d.desc, Capabilities: d.caps.List()}
+func (d *domain) measured(ctx context.Context) DomainInfo {
+	v := d.info()
+	fenced := v.Problem
 	if d.caps.Meter != nil {
 		if u, err := d.caps.Meter.DomainUsage(ctx); err != nil {
 			v.Problem = err.Error()
@@ -187,6 +197,13 @@ func (d *domain) info(ctx context.Context) DomainInfo {
 	} else {
 		v.Capacity = n
 	}
+	v.Problem = cmp.Or(fenced, v.Problem)
+	return v
+}
+
+func (d *domain) info() DomainInfo {
+	v := DomainInfo{ID: d.id, Config: d.cfg, Open: true, Epoch: int64(d.epoch), Owner: d.m.cfg.Installation,
+		Description: d.desc, Capabilities: d.caps.List()}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	v.Promised = d.promised
