@@ -239,6 +239,12 @@ func (d *domain) beginMerge(ctx context.Context, op *operation, img, below *imag
 	var err error
 	switch len(nodes) {
 	case 0:
+		// To hold it for the merge would replace the attachment by which its node is
+		// going to stage it.
+		if at := img.maybeNodes(); len(at) > 0 && img.heldForMerge() == "" {
+			err = fault.New(fault.Pending, "the layer of %s can be merged when it is in use on node %s, to which it is attached, or detached", img.id, at[0])
+			break
+		}
 		run.node, run.agent, err = d.m.chainAgent(ctx, img)
 	case 1:
 		run.node = nodes[0]

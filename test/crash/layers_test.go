@@ -353,6 +353,38 @@ func TestAnOlderManagerThatResumesOverLayers(t *testing.T) {
 	}
 }
 
+// TestAMergeLeavesAnAttachmentAlone: between two stagings a volume is attached and
+// not in use, and its node stages it with the generation that it was told.
+func TestAMergeLeavesAnAttachmentAlone(t *testing.T) {
+	w := newWorld(t, layered(t), image.LayoutImage)
+	w.story = t.Name()
+	s := newStory(w)
+	v := s.volume("v", "a", 0)
+	w.must(w.stage(v))
+	s.write(v, 1)
+	s1 := s.snapshot("s1", v)
+	s.write(v, 2)
+	a, err := w.Attach(w.ctx, v.Handle, "n1", w.access()[0], false)
+	w.must(err)
+	w.kernel.unstage(v.Handle)
+	w.must(w.Unstaged(w.ctx, v.Handle, "n1"))
+	w.must(w.DeleteSnapshot(w.ctx, s1.Handle))
+	w.must(w.collect())
+	st, err := w.Stage(w.ctx, v.Handle, "n1", a.Generation)
+	if err != nil {
+		w.fatalf("staging it again with the attachment that it has: %v", err)
+	}
+	w.kernel.stage(st)
+	w.must(w.collect())
+	now, err := w.Get(w.ctx, v.Handle)
+	w.must(err)
+	if len(now.Chain) != 1 {
+		w.fatalf("in use again, its chain is %v", now.Chain)
+	}
+	w.must(w.holds(now, 2))
+	w.end()
+}
+
 func TestASnapshotsLayerGivesItsSpaceBack(t *testing.T) {
 	w, v, s1, s2 := chained(t)
 	used := func(slab string) int64 {
