@@ -114,7 +114,7 @@ func (d *domain) family(img *image) []*image {
 }
 
 // stagedOn are the nodes that may have the slab of img in use, through any
-// image whose chain holds it, sorted.
+// image whose chain holds it, or for a merge, sorted.
 func (d *domain) stagedOn(img *image) []string {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -127,6 +127,9 @@ func (d *domain) stagedOn(img *image) []string {
 		}
 		for n := range i.unsure {
 			out = append(out, n)
+		}
+		if i.merging != nil { // it goes on where it was begun, whoever has left that node
+			out = append(out, i.merging.node)
 		}
 	}
 	slices.Sort(out)

@@ -1,0 +1,104 @@
+package image_test
+
+import (
+	"context"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+// chainNodes are nodes "n1" and "n2" that take every chain, stage nothing, and merge for
+// ever until they are told to stop. The real ones are tested in packages block and node.
+type chainNodes struct {
+	mu      sync.Mutex
+	merging map[string]string // slab: node
+}
+
+func (c *chainNodes) Agent(node string) (image.Agent, error) {
+	if node != "n1" && node != "n2" {
+		return nil, fault.New(fault.NotFound, "there is no node %s", node)
+	}
+	return chainNode{c, node}, nil
+}
+
+func (*chainNodes) Nodes() []string { return []string{"n1", "n2"} }
+
+// on is the node that merges some slab, or "".
+func (c *chainNodes) on() string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, node := range c.merging {
+		return node
+	}
+	return ""
+}
+
+type chainNode struct {
+	*chainNodes
+	name string
+}
+
+func (n chainNode) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
+	return image.NotStaged, nil
+}
+func (n chainNode) Thaw(context.Context, image.Handle) error           { return nil }
+func (n chainNode) Staged(context.Context, image.Handle) (bool, error) { return false, nil }
+func (n chainNode) Layers(context.Context, image.Handle) error         { return nil }
+func (n chainNode) Switch(context.Context, []image.Staging) error      { return nil }
+
+func (n chainNode) Merge(_ context.Context, chain image.Staging) (image.Merging, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.merging[chain.Slabs[0].ID] = n.name
+	return image.Merging{Left: 1}, nil
+}
+
+func (n chainNode) StopMerge(_ context.Context, chain image.Staging) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.merging[chain.Slabs[0].ID] == n.name {
+		delete(n.merging, chain.Slabs[0].ID)
+	}
+	return nil
+}
+
+func (n chainNode) AttachImage(context.Context, image.Staging) (string, error) {
+	return "", fault.New(fault.Unsupported, "no copies here")
+}
+func (n chainNode) DetachImage(context.Context, image.Handle, string) error { return nil }
+
+// TestAMergeBelowAVolumeThatMovesToAnotherNode: it was begun where the volume was in
+// use, and writes to a slab of the chain that the other node is about to read.
+func TestAMergeBelowAVolumeThatMovesToAnotherNode(t *testing.T) {
+	r := newRig(t, "a")
+	nodes := &chainNodes{merging: map[string]string{}}
+	r.mapAgents = nodes
+	r.start()
+	v := r.volume("v", "a", 1<<20)
+	stage := func(node string) {
+		t.Helper()
+		a, err := r.Attach(r.ctx, v.Handle, node, mount, false)
+		r.must(err)
+		_, err = r.Stage(r.ctx, v.Handle, node, a.Generation)
+		r.must(err)
+	}
+	stage("n1")
+	s1 := r.snapshot("s1", v)
+	r.snapshot("s2", v)
+	r.must(r.DeleteSnapshot(r.ctx, s1.Handle))
+	r.must(r.Collect(r.ctx))
+	for end := time.Now().Add(time.Minute); nodes.on() == ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("no merge begins")
+		}
+	}
+	r.must(r.Unstaged(r.ctx, v.Handle, "n1"))
+	r.must(r.Detach(r.ctx, v.Handle, "n1"))
+	stage("n2")
+	if on := nodes.on(); on == "n1" {
+		t.Fatalf("the volume is in use on n2, and %s merges a layer of its chain", on)
+	}
+}
