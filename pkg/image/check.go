@@ -96,11 +96,11 @@ type layerOf struct{ id, slab string }
 // checkLayer looks whether the kernel has given a layer up. What cannot be
 // looked at is no finding: the image's state tells.
 func (d *domain) checkLayer(ctx context.Context, l layerOf) error {
-	a, err := d.engine.AttachSlab(ctx, l.slab, engine.AttachOptions{ReadOnly: true})
+	a, release, err := d.users.Attach(ctx, l.slab, engine.AttachOptions{ReadOnly: true})
 	if err != nil {
 		return nil
 	}
-	return errors.Join(d.m.cfg.Mover.CheckLayer(ctx, a.Path), d.engine.DetachSlab(ctx, l.slab))
+	return errors.Join(d.m.cfg.Mover.CheckLayer(ctx, a.Path), release(ctx, true))
 }
 
 // mendLayer makes a layer that the kernel gave up usable again. The caller holds
@@ -110,12 +110,12 @@ func (d *domain) mendLayer(ctx context.Context, img *image) (string, error) {
 		return "", fault.New(fault.InUse, "the layer in slab %s is in use on %s: stop what uses image %s, detach it, and try again", img.slab, strings.Join(nodes, ", "), img.id)
 	}
 	rec, slab := img.snapshot()
-	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
 	if err != nil {
 		return "", fault.In(err, "attach", d.id, slab)
 	}
 	n, err := d.m.cfg.Mover.RepairLayer(ctx, a.Path, rec.need())
-	if err := errors.Join(err, d.engine.DetachSlab(ctx, slab)); err != nil {
+	if err := errors.Join(err, release(ctx, true)); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("the layer in slab %s is usable again: %d chunks of %s checked; check the filesystem on it, too", slab, n, bytesText(rec.Chunk)), nil
@@ -140,6 +140,8 @@ func (d *domain) checkImage(img *image, s engine.Slab, have bool, add func(kind 
 		add(FindingMend, img.id, 0, "take it into use again", "it was broken (%v), and its slab is now as recorded", img.broken)
 	case img.broken != nil:
 		add(FindingReport, img.id, 0, "", "%s %q is broken: %v; restore what is missing, or delete it", kindWord(img.rec.Mutable), img.rec.Name, img.broken)
+	case d.toFlatten(img) != nil:
+		add(FindingOptimize, img.id, 0, "flatten image "+d.toFlatten(img).id, "%s", d.whyDegraded(img))
 	case have && d.mergeable(img) == nil:
 		add(FindingMerge, img.id, s.Size, "merge it into the slab below", "%s", d.whyDegraded(img))
 	default:
@@ -217,6 +219,18 @@ func (d *domain) fixImage(ctx context.Context, img *image, f Finding) (string, e
 		d.mu.Unlock()
 		d.mergeSome(ctx)
 		return "began to merge " + img.id, nil
+	case f.Kind == FindingOptimize && visible:
+		d.mu.Lock()
+		t := d.toFlatten(img)
+		if t != nil {
+			t.flatTried = time.Time{}
+		}
+		d.mu.Unlock()
+		if t == nil {
+			break
+		}
+		d.flattenSome(ctx)
+		return "began to flatten " + t.id, nil
 	case f.Kind == FindingClean && dead:
 		return "deleted the slab of " + img.id, d.dispose(ctx, img)
 	case f.Kind == FindingClean && !visible && !inFlight:

@@ -23,6 +23,7 @@ type domain struct {
 	id     string
 	cfg    DomainConfig
 	engine engine.Engine
+	users  *engine.Users // of its slabs, in this process
 	caps   engine.Capabilities
 	desc   engine.Description
 	epoch  uint32
@@ -76,6 +77,8 @@ type image struct {
 	linked         string    // the parent under which domain.children has it
 	merging        *merge    // of its slab into its parent's
 	mergeTried     time.Time // when that was last begun
+	flatTried      time.Time // when it was last begun to be flattened
+	flatErr        error     // what came of it
 	full           string    // the slab, a layer, that has all its space
 	trimmed        string    // the slab, a snapshot's layer, that has no more than it needs
 	short          error     // why it has not

@@ -184,11 +184,11 @@ func (d *domain) trimLayer(ctx context.Context, img *image) error {
 	if writable || rec.Chunk == 0 {
 		return nil
 	}
-	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
 	if err != nil {
 		return err
 	}
-	err = errors.Join(d.m.cfg.Mover.TrimLayer(ctx, a.Path, rec.need()), d.engine.DetachSlab(ctx, slab))
+	err = errors.Join(d.m.cfg.Mover.TrimLayer(ctx, a.Path, rec.need()), release(ctx, true))
 	if err != nil {
 		return err
 	}
@@ -205,14 +205,11 @@ func (d *domain) trimLayer(ctx context.Context, img *image) error {
 
 // allocate takes the space of a layer's slab: see Mover.Allocate.
 func (d *domain) allocate(ctx context.Context, slab string, size int64) error {
-	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
 	if err != nil {
 		return fault.In(err, "attach", d.id, slab)
 	}
-	if err := d.m.cfg.Mover.Allocate(ctx, a.Path, size); err != nil {
-		return err
-	}
-	return d.engine.DetachSlab(ctx, slab)
+	return errors.Join(d.m.cfg.Mover.Allocate(ctx, a.Path, size), release(ctx, true))
 }
 
 // Modify changes the parameters of a volume that may change: its Tuning (zero

@@ -60,10 +60,10 @@ func (m *Manager) data(ctx context.Context, img *image) ([]engine.Extent, error)
 // inSlab asks about an image's own slab. The answer is cut to the image's size.
 func (m *Manager) inSlab(ctx context.Context, img *image, ask func(context.Context, string, int64) ([]engine.Extent, error)) (list []engine.Extent, err error) {
 	rec, slab := img.snapshot()
-	a, err := img.d.engine.AttachSlab(ctx, slab, engine.AttachOptions{ReadOnly: true})
+	a, release, err := img.d.users.Attach(ctx, slab, engine.AttachOptions{ReadOnly: true})
 	if err == nil {
 		list, err = ask(ctx, a.Path, rec.need())
-		err = errors.Join(err, img.d.engine.DetachSlab(context.WithoutCancel(ctx), slab))
+		err = errors.Join(err, release(ctx, true))
 	}
 	return clip(list, 0, rec.Size), fault.In(err, "list the extents of", img.d.id, slab)
 }

@@ -290,10 +290,11 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 		return err
 	}
 	defer func() { err = errors.Join(err, detach(context.WithoutCancel(ctx))) }()
-	out, err := dst.d.engine.AttachSlab(ctx, spec.ID, engine.AttachOptions{})
+	out, release, err := dst.d.users.Attach(ctx, spec.ID, engine.AttachOptions{})
 	if err != nil {
 		return fault.In(err, "attach the target", dst.d.id, spec.ID)
 	}
+	defer func() { err = errors.Join(err, release(ctx, true)) }()
 	if spec.Kind == engine.Tree {
 		err = m.cfg.Mover.CopyTree(ctx, in, out.Path, op.progress)
 	} else {
@@ -303,7 +304,7 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 	if err != nil {
 		return err
 	}
-	if err := dst.d.engine.DetachSlab(ctx, spec.ID); err != nil {
+	if err := release(ctx, true); err != nil {
 		return err
 	}
 	return dst.d.zero(ctx, op, spec.ID, spec.Kind, rec.Size, spec.Size)
@@ -316,14 +317,11 @@ func (d *domain) zero(ctx context.Context, op *operation, slab string, kind engi
 		return nil
 	}
 	op.stepf("zeroing %s", bytesText(to-from))
-	a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{})
+	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
 	if err != nil {
 		return fault.In(err, "attach", d.id, slab)
 	}
-	if err := d.m.cfg.Mover.Zero(ctx, a.Path, from, to); err != nil {
-		return err
-	}
-	return d.engine.DetachSlab(ctx, slab)
+	return errors.Join(d.m.cfg.Mover.Zero(ctx, a.Path, from, to), release(ctx, true))
 }
 
 // errChanged is a source that was another one when it was cut than when the new

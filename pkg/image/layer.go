@@ -69,14 +69,11 @@ func (d *domain) overlay(ctx context.Context, op *operation, id string, size, ch
 	if err := d.engine.CreateSlab(ctx, spec); err != nil {
 		return err
 	}
-	a, err := d.engine.AttachSlab(ctx, id, engine.AttachOptions{})
+	a, release, err := d.users.Attach(ctx, id, engine.AttachOptions{})
 	if err != nil {
 		return fault.In(err, "attach the layer", d.id, id)
 	}
-	if err := d.m.cfg.Mover.FormatLayer(ctx, a.Path, min(spec.Size, allocateAtOnce), chunk); err != nil {
-		return err
-	}
-	return d.engine.DetachSlab(ctx, id)
+	return errors.Join(d.m.cfg.Mover.FormatLayer(ctx, a.Path, min(spec.Size, allocateAtOnce), chunk), release(ctx, true))
 }
 
 // cutLayer makes the snapshot by a layer, up to and with the switch. The caller
@@ -230,6 +227,9 @@ func (img *image) parent() string {
 // it: then the snapshot stays below it, dead, until they are merged. It returns
 // the slab that is left to img. An uncertain first seal is settled before.
 func (d *domain) untake(ctx context.Context, img *image) (slab string, rec record, err error) {
+	if slab, rec, done := d.unflatten(img); done {
+		return slab, rec, nil
+	}
 	d.mu.Lock()
 	layered := img.layered()
 	rec, slab = img.rec, img.slab
@@ -285,11 +285,11 @@ func (m *Manager) attachForReading(ctx context.Context, img *image) (path string
 	d := img.d
 	rec, slab := img.snapshot()
 	if rec.Parent == "" && rec.Chunk == 0 {
-		a, err := d.engine.AttachSlab(ctx, slab, engine.AttachOptions{ReadOnly: true})
+		a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{ReadOnly: true})
 		if err != nil {
 			return "", nil, fault.In(err, "attach the source", d.id, slab)
 		}
-		return a.Path, func(ctx context.Context) error { return d.engine.DetachSlab(ctx, slab) }, nil
+		return a.Path, func(ctx context.Context) error { return release(ctx, true) }, nil
 	}
 	_, agent, err := m.chainAgent(ctx, img)
 	if err != nil {

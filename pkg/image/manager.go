@@ -131,7 +131,7 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	if err != nil {
 		return "", fault.In(err, "describe", cfg.Name, "")
 	}
-	d := &domain{m: m, cfg: cfg, engine: e, caps: engine.Discover(e), desc: desc, images: map[string]*image{},
+	d := &domain{m: m, cfg: cfg, engine: e, users: engine.NewUsers(e), caps: engine.Discover(e), desc: desc, images: map[string]*image{},
 		names: map[string]string{}, children: map[string]map[*image]struct{}{}, pins: map[string]pinRecord{}, oldTags: map[string]time.Time{},
 		known: map[string]struct{}{}, underWay: newUnderWay(), strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1)}
 	if err := d.open(ctx); err != nil {
@@ -284,12 +284,12 @@ func (m *Manager) byName(space, name string) *image {
 }
 
 // Engine of an open domain, for attaching slabs. fault.Unavailable: not open.
-func (m *Manager) Engine(domain string) (engine.Engine, error) {
+func (m *Manager) Engine(domain string) (*engine.Users, error) {
 	d, err := m.domain(domain)
 	if err != nil {
 		return nil, err
 	}
-	return d.engine, nil
+	return d.users, nil
 }
 
 // Topology says from which node a domain's images can be reached; "": from all.

@@ -186,7 +186,7 @@ func (r *rig) path(img image.Image) string {
 	r.t.Helper()
 	e, err := r.Engine(img.Handle.Domain)
 	r.must(err)
-	a, err := e.AttachSlab(r.ctx, img.Slab, engine.AttachOptions{})
+	a, err := e.Engine.AttachSlab(r.ctx, img.Slab, engine.AttachOptions{})
 	r.must(err)
 	return a.Path
 }

@@ -88,10 +88,11 @@ func (n *Node) Switch(ctx context.Context, images []image.Staging) error {
 		if i < 0 {
 			continue // not staged here
 		}
-		slabs, err := n.attachSlabs(ctx, st, false)
+		slabs, release, err := n.attachSlabs(ctx, st, false)
 		if err != nil {
 			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
 		}
+		defer release()
 		dev := s.devices[i]
 		specs = append(specs, block.Spec{Owner: st.Handle.String(), Use: dev.Use, Slabs: slabs, Size: st.Size, ReadOnly: dev.ReadOnly})
 		staged = append(staged, st)
@@ -118,24 +119,40 @@ func (n *Node) Switch(ctx context.Context, images []image.Staging) error {
 
 // attachSlabs attaches the slabs of a chain. A chain of layers is attached for
 // writing: which of its slabs is written changes, and nothing below a head ever is.
-func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool) ([]block.Slab, error) {
+// Until release is called, nobody detaches them; then a device must be over them.
+func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool) (out []block.Slab, release func(), err error) {
 	e, err := n.cfg.Engines(st.Handle.Domain)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
+	}
+	var all []func(context.Context, bool) error
+	release = func() {
+		for _, r := range all {
+			if err := r(ctx, false); err != nil {
+				klog.FromContext(ctx).Error(err, "Detaching a slab that another use of it gave back meanwhile", "image", st.Handle)
+			}
+		}
 	}
 	readOnly = readOnly && len(st.Slabs) == 1
-	var out []block.Slab
 	for _, s := range st.Slabs {
-		if err := n.take(ctx, st.Handle.Domain, s.ID); err != nil {
-			return nil, err
-		}
-		a, err := e.AttachSlab(ctx, s.ID, engine.AttachOptions{ReadOnly: readOnly})
+		err := n.take(ctx, st.Handle.Domain, s.ID)
 		if err != nil {
-			return nil, damaged(err)
+			release()
+			return nil, nil, err
 		}
-		out = append(out, block.Slab{ID: st.Domain + "/" + s.ID, Path: a.Path, Size: s.Size, Chunk: s.Chunk})
+		a, r, err := e.Attach(ctx, s.ID, engine.AttachOptions{ReadOnly: readOnly})
+		if err != nil {
+			release()
+			return nil, nil, damaged(err)
+		}
+		all = append(all, r)
+		slab := block.Slab{ID: st.Domain + "/" + s.ID, Path: a.Path, Size: s.Size, Chunk: s.Chunk}
+		if s.Replaces != "" {
+			slab.Replaces = st.Domain + "/" + s.Replaces
+		}
+		out = append(out, slab)
 	}
-	return out, nil
+	return out, release, nil
 }
 
 // letGo tells the engine that a slab is not used any more. One that another
@@ -146,7 +163,7 @@ func (n *Node) letGo(ctx context.Context, domain, slab string) {
 		err = n.take(ctx, domain, slab)
 	}
 	if err == nil {
-		err = e.DetachSlab(ctx, slab)
+		err = e.Detach(ctx, slab)
 	}
 	if err != nil {
 		klog.FromContext(ctx).Info("A slab that is not used any more stays attached", "domain", domain, "slab", slab, "err", err)
@@ -168,10 +185,11 @@ func (n *Node) Merge(ctx context.Context, chain image.Staging) (image.Merging, e
 	if len(chain.Slabs) < 2 {
 		return image.Merging{}, fault.New(fault.Internal, "merge %s: a chain of %d slabs", h, len(chain.Slabs))
 	}
-	slabs, err := n.attachSlabs(ctx, chain, false)
+	slabs, release, err := n.attachSlabs(ctx, chain, false)
 	if err != nil {
 		return image.Merging{}, fault.In(err, "merge", h.Domain, h.Image)
 	}
+	defer release()
 	m, err := n.devices.Merge(ctx, slabs)
 	if errors.Is(err, fault.NotFound) { // the image is not in use here
 		spec := block.Spec{Owner: mergeOwner(h), Use: block.Private, Slabs: slabs, Size: chain.Size, ReadOnly: true}
@@ -220,10 +238,11 @@ func (n *Node) StopMerge(ctx context.Context, chain image.Staging) error {
 func (n *Node) AttachImage(ctx context.Context, chain image.Staging) (string, error) {
 	ctx = context.WithoutCancel(ctx)
 	h := chain.Handle
-	slabs, err := n.attachSlabs(ctx, chain, false)
+	slabs, release, err := n.attachSlabs(ctx, chain, false)
 	if err != nil {
 		return "", fault.In(err, "attach", h.Domain, h.Image)
 	}
+	defer release()
 	n.mu.Lock()
 	n.reads++
 	owner := readOwner(h, n.reads)

@@ -168,12 +168,13 @@ func newWorld(t *testing.T) *world {
 
 // restart stands for an agent that died: nothing that it knew remains.
 func (w *world) restart() {
+	users := engine.NewUsers(files{dir: w.dir, attachments: w.slabs})
 	w.node = New(Config{NodeID: "n1", Manager: w.manager, KubeletDir: w.dir,
-		Engines: func(d string) (engine.Engine, error) {
+		Engines: func(d string) (*engine.Users, error) {
 			if d != w.domain {
 				return nil, fault.New(fault.Unavailable, "domain %s is not open", d)
 			}
-			return files{dir: w.dir, attachments: w.slabs}, nil
+			return users, nil
 		}})
 }
 

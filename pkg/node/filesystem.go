@@ -212,7 +212,7 @@ func (n *Node) short(ctx context.Context, h image.Handle, err error) error {
 	if eerr != nil {
 		return err
 	}
-	meter := engine.Discover(e).Meter
+	meter := engine.Discover(e.Engine).Meter
 	if meter == nil {
 		return err
 	}

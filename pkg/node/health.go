@@ -179,7 +179,7 @@ func (n *Node) examineSlab(ctx context.Context, h image.Handle) ([]Condition, er
 }
 
 // lookAt attaches a slab, looks, and detaches it again.
-func (n *Node) lookAt(ctx context.Context, e engine.Engine, im image.Image) ([]Condition, error) {
+func (n *Node) lookAt(ctx context.Context, e *engine.Users, im image.Image) ([]Condition, error) {
 	unlock, held := n.tryLock(im.Handle)
 	if held != nil {
 		return nil, nil // it is just being staged, which finds out the same
@@ -191,7 +191,7 @@ func (n *Node) lookAt(ctx context.Context, e engine.Engine, im image.Image) ([]C
 	}
 	ctx, cancel := context.WithTimeout(ctx, examineTimeout)
 	defer cancel()
-	a, attachErr := e.AttachSlab(ctx, im.Slab, engine.AttachOptions{ReadOnly: true})
+	a, release, attachErr := e.Attach(ctx, im.Slab, engine.AttachOptions{ReadOnly: true})
 	var out []Condition
 	switch {
 	case attachErr == nil:
@@ -207,10 +207,13 @@ func (n *Node) lookAt(ctx context.Context, e engine.Engine, im image.Image) ([]C
 		if attachErr != nil {
 			return nil
 		}
-		return e.DetachSlab(ctx, im.Slab)
+		return release(ctx, true)
 	})
+	if attachErr == nil { // it stays, if it is not ours to detach
+		err = errors.Join(err, release(ctx, false))
+	}
 	if !mine {
-		return nil, nil
+		return nil, err
 	}
 	return out, err
 }
@@ -271,11 +274,11 @@ func (n *Node) reach(ctx context.Context, domain string) error {
 		return err
 	}
 	return n.host.Within(ctx, "reach domain "+domain, examineTimeout, func() error {
-		if m := engine.Discover(e).Meter; m != nil {
+		if m := engine.Discover(e.Engine).Meter; m != nil {
 			_, err := m.DomainUsage(context.WithoutCancel(ctx))
 			return err
 		}
-		_, err := e.Describe(context.WithoutCancel(ctx))
+		_, err := e.Engine.Describe(context.WithoutCancel(ctx))
 		return err
 	})
 }

@@ -38,8 +38,8 @@ type Manager interface {
 type Config struct {
 	NodeID  string
 	Manager Manager
-	// Engines finds the engine of an open domain.
-	Engines func(domain string) (engine.Engine, error)
+	// Engines finds the engine of an open domain, and who uses its slabs here.
+	Engines func(domain string) (*engine.Users, error)
 	// Host is where the work is done; nil: this host.
 	Host *host.Local
 	// KubeletDir, if not empty, is the folder in which all staging and target

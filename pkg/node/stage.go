@@ -101,10 +101,11 @@ func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
 
 // assemble attaches the slabs and puts together what is used of them.
 func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, readOnly bool, group int) error {
-	slabs, err := n.attachSlabs(ctx, st, readOnly)
+	slabs, release, err := n.attachSlabs(ctx, st, readOnly)
 	if err != nil {
 		return err
 	}
+	defer release()
 	if st.Layout == image.LayoutDirectory {
 		return n.stageTree(ctx, r, slabs[0].Path, readOnly, group)
 	}

@@ -113,7 +113,7 @@ func (n *Node) detachSlabs(ctx context.Context, h image.Handle) error {
 			if err := n.take(ctx, h.Domain, slab.ID); err != nil {
 				return err
 			}
-			if err := e.DetachSlab(ctx, slab.ID); err != nil {
+			if err := e.Detach(ctx, slab.ID); err != nil {
 				return err
 			}
 		}
