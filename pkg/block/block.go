@@ -10,7 +10,8 @@
 //     raw slab its loop device (or itself, if it is a block device); a layer a
 //     "snapshot" over its parent's device and its own store. Its number stays
 //     while it is in use. A merge makes it "snapshot-merge", and in the end "linear"
-//     over the parent's device; it never goes another way.
+//     over the parent's device; a raw slab that came in its place makes it "linear"
+//     over that one's. It never goes another way.
 //   - A layer that is larger than its parent stands on a pad: the parent, and zeros
 //     behind it. During a merge the pad is all parent, which was grown before: a
 //     "zero" target never lies in a write path.
@@ -69,6 +70,9 @@ type Slab struct {
 	Size int64
 	// Chunk in bytes, of a layer; 0 for a raw slab.
 	Chunk int64
+	// Replaces is the ID of a layer that holds the same, and never changes, in whose
+	// place this raw slab came: a device of it here is turned to this one's. May be "".
+	Replaces string
 }
 
 // Spec says what device to build.

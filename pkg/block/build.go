@@ -3,6 +3,7 @@ package block
 import (
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"slices"
 	"strconv"
@@ -177,7 +178,9 @@ func (d *Devices) build(ctx context.Context, w *world, slabs []Slab, writable bo
 	for i := base; i >= 0; i-- {
 		var err error
 		if i == base {
-			levels[i].num, _, err = d.slab(ctx, w, slabs[i], slabs[i].Size)
+			if levels[i].num, _, err = d.slab(ctx, w, slabs[i], slabs[i].Size); err == nil {
+				err = d.replace(ctx, w, slabs[i], levels[i].num)
+			}
 		} else {
 			levels[i], err = d.layer(ctx, w, slabs[i], levels[i+1], writable && i == 0)
 		}
@@ -282,6 +285,30 @@ func (d *Devices) layer(ctx context.Context, w *world, slab Slab, parent level, 
 	}
 	w.put(m)
 	return level{num: number(m.Major, m.Minor), store: path}, d.usable(ctx, m)
+}
+
+// replace turns the device of the layer in whose place a raw slab came, if
+// there is one here, to that slab's device. Nothing is written to either.
+func (d *Devices) replace(ctx context.Context, w *world, slab Slab, num string) error {
+	if slab.Replaces == "" {
+		return nil
+	}
+	old := w.uuid(slabUUID(slab.Replaces))
+	if old == nil || old.Targets == nil {
+		return nil
+	}
+	m, err := d.awake(ctx, w, *old)
+	if err != nil {
+		return err
+	}
+	switch t := read(m); {
+	case t.kind == "linear" && w.content(t.under) == w.content(num):
+		return nil
+	case t.kind != "snapshot" || m.Size > slab.Size:
+		return strange(m, fmt.Sprintf("a layer of at most %d bytes, in whose place slab %s came,", slab.Size, slab.ID))
+	}
+	_, err = d.reload(ctx, w, m, func() error { return nil }, linear(num, m.Size))
+	return err
 }
 
 func (d *Devices) longEnough(ctx context.Context, w *world, m host.Mapped, size int64, l level) (level, error) {

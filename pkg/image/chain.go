@@ -95,7 +95,7 @@ func (d *domain) chain(img *image) ([]SlabRef, error) {
 	images, err := d.line(img)
 	var out []SlabRef
 	for _, i := range images {
-		out = append(out, SlabRef{ID: i.slab, Size: i.rec.Size, Chunk: i.rec.Chunk})
+		out = append(out, SlabRef{ID: i.slab, Size: i.rec.Size, Chunk: i.rec.Chunk, Replaces: d.replaces(i)})
 	}
 	return out, err
 }

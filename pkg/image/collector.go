@@ -76,6 +76,7 @@ func (d *domain) collect(ctx context.Context) error {
 	d.allocateLayers(ctx)
 	errs = append(errs, d.trimLayers(ctx))
 	d.mergeSome(ctx)
+	d.flattenSome(ctx)
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))
 	}
@@ -140,7 +141,7 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 func (d *domain) dispose(ctx context.Context, img *image) error {
 	d.mu.Lock()
 	dead := d.finished(img)
-	busy := img.readers > 0 || len(img.attached) > 0 || d.pinned(img.id) || img.op != nil || len(d.children[img.id]) > 0
+	busy := img.readers > 0 || len(img.attached) > 0 || d.pinned(img.id) || img.op != nil || len(d.children[img.id]) > 0 || d.replaces(img) != ""
 	gone, slab, theirs := img.slabGone, img.slab, d.taken(img)
 	d.mu.Unlock()
 	if !dead || busy || gone {

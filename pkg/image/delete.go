@@ -114,6 +114,9 @@ func (d *domain) sweep(ctx context.Context, img *image) error {
 		d.forget(img)
 		return nil
 	}
+	if err := d.settleFlat(ctx, img); err != nil {
+		return err
+	}
 	slab, rec, err := d.untake(ctx, img)
 	if err != nil {
 		return err

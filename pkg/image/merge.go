@@ -3,7 +3,6 @@ package image
 import (
 	"context"
 	"errors"
-	"fmt"
 	"slices"
 	"time"
 
@@ -35,31 +34,6 @@ type merge struct {
 // The pauses between two looks at a running merge.
 const mergeFirstLook, mergeLastLook = 50 * time.Millisecond, 2 * time.Second
 
-// whyDegraded says why an image's chain is not as it should be, or "". The
-// caller holds d.mu.
-func (d *domain) whyDegraded(img *image) string {
-	line, err := d.line(img)
-	if err != nil {
-		return err.Error()
-	}
-	if img.short != nil {
-		return fmt.Sprintf("its layer has not all the space that it may come to need: %v", img.short)
-	}
-	limit := DefaultChainLimit
-	if t := img.rec.Tuning; t != nil && t.ChainLimit > 0 {
-		limit = t.ChainLimit
-	}
-	if len(line) > limit+1 {
-		return fmt.Sprintf("its chain has %d layers, more than chainLimit (%d)", len(line)-1, limit)
-	}
-	for _, i := range line[:len(line)-1] {
-		if d.mergeable(i) == nil {
-			return fmt.Sprintf("the layer in slab %s is going to be merged into slab %s, whose image was deleted", i.slab, d.images[i.below()].slab)
-		}
-	}
-	return ""
-}
-
 // mergeable says why the layer of img cannot be merged into the slab below;
 // nil: it can. The caller holds d.mu.
 func (d *domain) mergeable(img *image) error {
@@ -77,6 +51,8 @@ func (d *domain) mergeable(img *image) error {
 		return fault.New(fault.NotFound, "it is deleted itself")
 	case below.op != nil || img.op != nil || below.pending != nil || img.pending != nil || below.readers > 0 || d.pinned(below.id):
 		return fault.New(fault.Pending, "it is being worked on")
+	case d.replaces(below) != "":
+		return fault.New(fault.Pending, "%s was flattened, and not every node knows", below.id)
 	}
 	for _, i := range d.family(img) {
 		if i.readers > 0 || i.op != nil || d.pinned(i.id) {

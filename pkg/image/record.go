@@ -127,6 +127,7 @@ const (
 	opHidden   = "hidden"   // a snapshot that only a running copy needs
 	opMember   = "member"   // a snapshot that is visible through its group's record
 	opGroup    = "group"    // a group snapshot is being made
+	opFlatten  = "flatten"  // the raw slab of an image whose chain is too long is being made
 	opDelete   = "delete"   // deleted by its user
 	opSwept    = "swept"    // an operation that nobody will ever finish
 )

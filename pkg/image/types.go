@@ -238,6 +238,9 @@ type SlabRef struct {
 	Size int64 // bytes that it stands for: those of the image that it was the head of
 	// Chunk is that of a layer's store, in bytes; 0: a raw slab.
 	Chunk int64
+	// Replaces is the layer in whose place a raw slab came, with the same content:
+	// devices may still stand on it, and have to go over. "" for most.
+	Replaces string
 }
 
 // Staging is what a node needs to build an image's device or directory.

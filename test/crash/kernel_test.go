@@ -477,5 +477,7 @@ func (a chainAgents) DetachImage(_ context.Context, h image.Handle, path string)
 
 var _ image.ChainAgent = chainAgents{}
 
-// isMerge says whether an operation is a merge, which nobody waits for.
-func isMerge(op image.Operation) bool { return strings.HasPrefix(op.Op, "merge") }
+// isMerge says whether an operation is a merge or a flattening, which nobody waits for.
+func isMerge(op image.Operation) bool {
+	return strings.HasPrefix(op.Op, "merge") || strings.HasPrefix(op.Op, "flatten")
+}

@@ -9,6 +9,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -163,6 +164,29 @@ func layerScenarios() []scenario {
 				return err
 			}
 		}},
+		{name: "flatten the chain of a volume in use", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			for i := range uint64(3) {
+				s.snapshot(fmt.Sprintf("s%d", i+1), v)
+				s.write(v, i+2)
+			}
+			s.flattens(v)
+		}},
+		{name: "flatten below a volume and a clone in use", prepare: func(s *story) {
+			v := staged(s, "v", 1)
+			for i := range uint64(3) {
+				img := s.snapshot(fmt.Sprintf("s%d", i+1), v)
+				s.write(v, i+2)
+				if i == 2 {
+					c, err := s.w.create("clone", "a", img, 2*mib)
+					s.w.must(err)
+					s.ack(c)
+					s.w.must(s.w.stage(c))
+					s.write(c, 9)
+				}
+			}
+			s.flattens(v)
+		}},
 		{name: "delete a volume whose clone lives", prepare: func(s *story) {
 			v := s.volume("v", "a", 1)
 			clone, err := s.w.create("clone", "a", v, 0)
@@ -171,6 +195,22 @@ func layerScenarios() []scenario {
 			s.ack(clone)
 			s.deletes(v, func(s *story) error { return s.w.DeleteVolume(s.w.ctx, v.Handle) })
 		}},
+	}
+}
+
+// flattens makes a story of the flattening of a volume's chain to one layer.
+func (s *story) flattens(v image.Image) {
+	err := s.w.Modify(s.w.ctx, v.Handle, image.Tuning{ChainLimit: 2}, nil)
+	s.w.must(err)
+	s.run = func(s *story) error {
+		for range 2 {
+			if err := s.w.Collect(s.w.ctx); err != nil {
+				return err
+			}
+			s.w.waitForMerges()
+			s.w.clock.turn(11 * time.Minute)
+		}
+		return nil
 	}
 }
 
@@ -418,5 +458,42 @@ func TestASnapshotsLayerGivesItsSpaceBack(t *testing.T) {
 		w.fatalf("after the merge the chain is %v, and its head takes %d bytes", now.Chain, used(below))
 	}
 	w.must(w.holds(now, 3))
+	w.end()
+}
+
+// TestAChainOfSnapshotsThatAllLiveIsFlattened: with a limit of two layers, eight
+// snapshots of a volume in use, none of them deleted.
+func TestAChainOfSnapshotsThatAllLiveIsFlattened(t *testing.T) {
+	w := newWorld(t, layered(t), image.LayoutImage)
+	w.story = t.Name()
+	s := newStory(w)
+	v := s.volume("v", "a", 0)
+	w.must(w.stage(v))
+	err := w.Modify(w.ctx, v.Handle, image.Tuning{ChainLimit: 2}, nil)
+	w.must(err)
+	for i := range uint64(8) {
+		s.write(v, i+1)
+		s.snapshot(fmt.Sprintf("s%d", i+1), v)
+	}
+	s.write(v, 9)
+	findings, err := w.Check(w.ctx, "a")
+	w.must(err)
+	if !slices.ContainsFunc(findings, func(f image.Finding) bool {
+		return f.Kind == image.FindingOptimize && f.Object == v.Handle.Image
+	}) {
+		w.fatalf("check does not say that a chain of 8 layers with chainLimit 2 should be flattened: %v", findings)
+	}
+	for range 8 {
+		w.must(w.collect())
+	}
+	for _, img := range w.list(w.process) {
+		if img.State != image.Optimized || len(img.Chain) > 3 {
+			w.fatalf("%s is %s (%s), its chain %v", img.Name, img.State, img.Reason, img.Chain)
+		}
+	}
+	s.check()
+	w.noLeaks(0)
+	w.restart()
+	s.check()
 	w.end()
 }
