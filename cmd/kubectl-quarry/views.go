@@ -73,6 +73,8 @@ func (c *cli) domainTable(w io.Writer, domains []admin.Domain, wide bool) error 
 	for _, d := range domains {
 		if !d.Open {
 			fmt.Fprintf(c.err, "Domain %q is unavailable: %s\n", d.Name, d.Problem)
+		} else if d.Warning != "" {
+			fmt.Fprintf(c.err, "Domain %q: %s\n", d.Name, d.Warning)
 		}
 		if wide {
 			for _, note := range d.Notes {

@@ -7,7 +7,7 @@ func domainOf(d image.DomainInfo) Domain {
 	out := Domain{
 		ID: d.ID, Name: c.Name, Engine: c.Engine, Scope: c.Scope, Node: c.Node, Aliases: c.Aliases,
 		NativeOnly: c.NativeOnly, Overcommit: c.Overcommit, CapacityLimit: c.CapacityLimit,
-		Open: d.Open, Problem: d.Problem, Location: d.Description.Location, Notes: d.Description.Notes,
+		Open: d.Open, Problem: d.Problem, Warning: d.Warning, Location: d.Description.Location, Notes: d.Description.Notes,
 		Epoch: d.Epoch, Owner: d.Owner, Promised: d.Promised, Capacity: d.Capacity,
 		Volumes: d.Volumes, Snapshots: d.Snapshots, Operations: d.Operations,
 	}

@@ -52,6 +52,7 @@ type Domain struct {
 	CapacityLimit int64    `json:"capacityLimit,omitempty"`
 	Open          bool     `json:"open"`
 	Problem       string   `json:"problem,omitempty"`
+	Warning       string   `json:"warning,omitempty"` // of an open one: what its storage says of itself
 	Location      string   `json:"location,omitempty"`
 	Notes         []string `json:"notes,omitempty"`
 	Kinds         []string `json:"kinds,omitempty"`

@@ -43,14 +43,17 @@ func (s *Server) ControllerListVolumeHealth(ctx context.Context, req *csi.Contro
 // it is inaccessible; that data is lost is nothing that a state can know.
 func health(img image.Image) *csi.VolumeHealth {
 	out := &csi.VolumeHealth{VolumeId: img.Handle.String()}
-	add := func(status csi.VolumeHealthErrorType, reason string) {
-		out.HealthStatuses = append(out.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: img.Reason})
+	add := func(status csi.VolumeHealthErrorType, reason, message string) {
+		out.HealthStatuses = append(out.HealthStatuses, &csi.VolumeHealth_VolumeHealthEntry{Status: status, Reason: reason, Message: message})
 	}
 	switch img.State {
 	case image.Degraded:
-		add(csi.VolumeHealthErrorType_DEGRADED, "ImageDegraded")
+		add(csi.VolumeHealthErrorType_DEGRADED, "ImageDegraded", img.Reason)
 	case image.Broken:
-		add(csi.VolumeHealthErrorType_INACCESSIBLE, "ImageBroken")
+		add(csi.VolumeHealthErrorType_INACCESSIBLE, "ImageBroken", img.Reason)
+	}
+	if img.Warning != "" {
+		add(csi.VolumeHealthErrorType_DEGRADED, "StorageDegraded", img.Warning)
 	}
 	return out
 }

@@ -56,6 +56,9 @@ type Usage struct {
 	Available int64
 	// InodesTotal and InodesFree are zero where the storage counts no inodes.
 	InodesTotal, InodesFree int64
+	// Warning, of a domain, says what will go wrong or has, and what to do: "thin
+	// pool data/pool: 85% of its metadata is used: ..."; empty: nothing.
+	Warning string
 }
 
 // Meter measures.

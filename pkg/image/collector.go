@@ -36,6 +36,7 @@ func (d *domain) collectLoop(ctx context.Context) {
 		if err := d.collect(ctx); err != nil && ctx.Err() == nil {
 			klog.FromContext(ctx).Error(err, "Collecting stopped, to be tried again", "domain", d.id)
 		}
+		d.watch(ctx)
 		select {
 		case <-ctx.Done():
 			return

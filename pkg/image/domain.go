@@ -39,6 +39,8 @@ type domain struct {
 	oldTags  map[string]time.Time // tags of earlier openings (e., o.), and since when
 	promised int64                // bytes
 	foreign  int64                // bytes used by what is not Quarry's, as last measured
+	warning  string               // of the storage, as last measured: engine.Usage.Warning
+	watched  time.Time            // when that was
 	known    map[string]struct{}  // i. tags of lower epochs that the opening listing held
 	strays   map[string]time.Time // slabs and tags that nothing references, and since when
 	scanned  time.Time            // when strays were last looked for

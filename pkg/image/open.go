@@ -349,7 +349,7 @@ func (d *domain) measure(ctx context.Context, slabs []engine.Slab) error {
 	if d.caps.Meter == nil {
 		return nil
 	}
-	u, err := d.caps.Meter.DomainUsage(ctx)
+	u, err := d.usage(ctx)
 	if err != nil {
 		return fault.In(err, "measure the usage", d.cfg.Name, "")
 	}

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"time"
+
+	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -126,7 +129,10 @@ func (c *creation) fits(ctx context.Context, d *domain, srcSize int64) (int64, e
 }
 
 // room is what limits a domain, as measured now. All in bytes; -1: unlimited.
-type room struct{ total, available int64 }
+type room struct {
+	total, available int64
+	warning          string // of the storage itself
+}
 
 // room measures the domain. Foreign bytes are promised to nobody, but are not
 // free either.
@@ -138,10 +144,11 @@ func (d *domain) room(ctx context.Context) (room, error) {
 	if d.caps.Meter == nil {
 		return r, nil
 	}
-	u, err := d.caps.Meter.DomainUsage(ctx)
+	u, err := d.usage(ctx)
 	if err != nil {
 		return r, fault.In(err, "measure the usage", d.id, "")
 	}
+	r.warning = u.Warning
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if own := u.Total - d.foreign; r.total < 0 || own < r.total {
@@ -149,6 +156,39 @@ func (d *domain) room(ctx context.Context) (room, error) {
 	}
 	r.available = u.Available
 	return r, nil
+}
+
+// usage measures the storage, and keeps what that says of itself.
+func (d *domain) usage(ctx context.Context) (engine.Usage, error) {
+	u, err := d.caps.Meter.DomainUsage(ctx)
+	if err != nil {
+		return u, err
+	}
+	d.mu.Lock()
+	before := d.warning
+	d.warning, d.watched = u.Warning, d.m.cfg.Now()
+	d.mu.Unlock()
+	if before != u.Warning {
+		klog.FromContext(ctx).Info("The storage says of itself", "domain", d.id, "warning", u.Warning)
+	}
+	return u, nil
+}
+
+// watchEvery is how old the storage's word of itself may get.
+const watchEvery = time.Minute
+
+// watch asks the storage how it is, if nobody has done so for a while: health is
+// answered from what is known, without waiting for storage.
+func (d *domain) watch(ctx context.Context) {
+	d.mu.Lock()
+	recent := d.m.cfg.Now().Sub(d.watched) < watchEvery
+	d.mu.Unlock()
+	if d.caps.Meter == nil || recent {
+		return
+	}
+	if _, err := d.usage(ctx); err != nil && ctx.Err() == nil {
+		klog.FromContext(ctx).Error(err, "Measuring the usage", "domain", d.id)
+	}
 }
 
 // left is what may still be promised. The caller holds d.mu.
@@ -187,8 +227,12 @@ func (d *domain) reserve(ctx context.Context, size int64) (release func(), err e
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if n := d.left(r); size > n {
-		return nil, fault.New(fault.Exhausted, "%s (%d bytes) are asked for, domain %s has %s (%d bytes) left to promise (overcommit %g): delete something, or give the storage more space",
+		err := fault.New(fault.Exhausted, "%s (%d bytes) are asked for, domain %s has %s (%d bytes) left to promise (overcommit %g): delete something, or give the storage more space",
 			bytesText(size), size, d.id, bytesText(n), n, d.cfg.Overcommit)
+		if r.warning != "" {
+			err = fault.New(fault.Exhausted, "%w (%s)", err, r.warning)
+		}
+		return nil, err
 	}
 	d.promised += size
 	released := false

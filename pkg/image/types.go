@@ -112,6 +112,9 @@ type Image struct {
 	State         State
 	// Reason says why the state is not Optimized.
 	Reason string
+	// Warning is what its domain's storage said of itself when it was last
+	// measured; empty: all is well.
+	Warning string
 	// Ready is false while work after a snapshot's cut is going on.
 	Ready bool
 	// Fresh: never formatted. Filesystem: what it was formatted with, or "".
@@ -361,6 +364,7 @@ type DomainInfo struct {
 	Config       DomainConfig
 	Open         bool
 	Problem      string // why it is not open
+	Warning      string // what its storage says of itself: engine.Usage.Warning
 	Epoch        int64
 	Owner        string
 	Description  engine.Description

@@ -23,7 +23,7 @@ func (d *domain) viewLocked(img *image) Image {
 	rec := img.rec
 	v := Image{Handle: d.handle(img), Name: rec.Name, Layout: rec.layout(), Mutable: rec.Mutable, Size: rec.payload(), Encrypted: rec.Crypt > 0, Slab: img.slab,
 		Source: rec.Source, SourceMutable: rec.SrcVol, Created: rec.created(), State: Optimized, Ready: true, Fresh: !rec.Used, Filesystem: rec.FS,
-		Inexact: rec.Inexact, How: rec.How, Params: maps.Clone(rec.Params), Described: img.desc}
+		Inexact: rec.Inexact, How: rec.How, Params: maps.Clone(rec.Params), Described: img.desc, Warning: d.warning}
 	if rec.Tuning != nil {
 		v.Tuning = *rec.Tuning
 	}
@@ -186,7 +186,7 @@ func (d *domain) measured(ctx context.Context) DomainInfo {
 	v := d.info()
 	fenced := v.Problem
 	if d.caps.Meter != nil {
-		if u, err := d.caps.Meter.DomainUsage(ctx); err != nil {
+		if u, err := d.usage(ctx); err != nil {
 			v.Problem = err.Error()
 		} else {
 			v.Usage = &u
@@ -198,6 +198,9 @@ func (d *domain) measured(ctx context.Context) DomainInfo {
 		v.Capacity = n
 	}
 	v.Problem = cmp.Or(fenced, v.Problem)
+	if v.Usage != nil {
+		v.Warning = v.Usage.Warning
+	}
 	return v
 }
 
@@ -206,7 +209,7 @@ func (d *domain) info() DomainInfo {
 		Description: d.desc, Capabilities: d.caps.List()}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	v.Promised = d.promised
+	v.Promised, v.Warning = d.promised, d.warning
 	if d.fenced != nil {
 		v.Open, v.Problem = false, d.fenced.Error()
 	}

@@ -252,13 +252,19 @@ func once(in []Condition) []Condition {
 // StorageHealth says which of the domains cannot be reached from this node,
 // and whether calls hang.
 func (n *Node) StorageHealth(ctx context.Context, domains []string) []Condition {
-	var lost []string
+	var lost, warned []string
 	for _, d := range domains {
-		if err := n.reach(ctx, d); err != nil {
+		switch warning, err := n.reach(ctx, d); {
+		case err != nil:
 			lost = append(lost, fmt.Sprintf("domain %s: %v", d, err))
+		case warning != "":
+			warned = append(warned, fmt.Sprintf("domain %s: %s", d, warning))
 		}
 	}
 	var out []Condition
+	if len(warned) > 0 {
+		out = append(out, Condition{StorageDegraded, "DomainDegraded", strings.Join(warned, "; ")})
+	}
 	if len(lost) > 0 {
 		out = append(out, Condition{StorageUnreachable, "DomainUnreachable", strings.Join(lost, "; ")})
 	}
@@ -268,17 +274,23 @@ func (n *Node) StorageHealth(ctx context.Context, domains []string) []Condition 
 	return out
 }
 
-func (n *Node) reach(ctx context.Context, domain string) error {
+// reach asks a domain's storage how it is.
+func (n *Node) reach(ctx context.Context, domain string) (warning string, err error) {
 	e, err := n.cfg.Engines(domain)
 	if err != nil {
-		return err
+		return "", err
 	}
-	return n.host.Within(ctx, "reach domain "+domain, examineTimeout, func() error {
+	err = n.host.Within(ctx, "reach domain "+domain, examineTimeout, func() error {
 		if m := engine.Discover(e.Engine).Meter; m != nil {
-			_, err := m.DomainUsage(context.WithoutCancel(ctx))
+			u, err := m.DomainUsage(context.WithoutCancel(ctx))
+			warning = u.Warning
 			return err
 		}
 		_, err := e.Engine.Describe(context.WithoutCancel(ctx))
 		return err
 	})
+	if err != nil { // what still hangs may write its result late
+		return "", err
+	}
+	return warning, nil
 }

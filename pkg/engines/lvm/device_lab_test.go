@@ -62,6 +62,30 @@ func TestASlabThatIsOpen(t *testing.T) {
 	ok(t, e.DeleteSlab(t.Context(), "a")) // attached, but not open
 }
 
+// TestASlabThatIsAboutToBeOpened: the engine cannot see who has only been told
+// the path; those of one process keep out of one another's way.
+func TestASlabThatIsAboutToBeOpened(t *testing.T) {
+	lab.Need(t)
+	e := newGroup(t, 100).open(t, host.Exec{})
+	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "a", Kind: engine.Block, Size: 8 * mib}))
+	users := engine.NewUsers(e)
+	a, release, err := users.Attach(t.Context(), "a", engine.AttachOptions{})
+	ok(t, err)
+	_, other, err := users.Attach(t.Context(), "a", engine.AttachOptions{})
+	ok(t, err)
+	ok(t, errors.Join(other(t.Context(), true), users.Detach(t.Context(), "a")))
+	f := open(t, a.Path) // still there
+	ok(t, release(t.Context(), false))
+	_, err = f.WriteAt(make([]byte, 4096), 0)
+	ok(t, errors.Join(err, f.Sync()))
+	ok(t, users.Detach(t.Context(), "a")) // open: stays
+	ok(t, f.Close())
+	ok(t, users.Detach(t.Context(), "a"))
+	if _, err := os.Stat(a.Path); err == nil {
+		t.Error("its device is still there")
+	}
+}
+
 // TestNobodySeesOldBytes: the manager wipes what a volume gets, at creation and
 // at growth.
 func TestNobodySeesOldBytes(t *testing.T) {

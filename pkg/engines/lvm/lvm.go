@@ -44,6 +44,7 @@ type lvmEngine struct {
 	extent int64
 	desc   engine.Description
 
+	area    int64        // bytes of the metadata area that can be used
 	reserve int64        // bytes of the metadata area that slabs leave to tags
 	room    atomic.Int64 // what was free of it when it was last seen
 	changes atomic.Int64 // slabs made, grown and removed by this engine
@@ -82,13 +83,14 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 		return nil, err
 	}
 	e.uuid, e.extent = info.UUID, info.Extent
-	e.reserve = min(info.MetadataSize/areaCopies/8, 256<<10)
+	e.area = info.MetadataSize / areaCopies
+	e.reserve = min(e.area/8, 256<<10)
 	e.room.Store(info.MetadataFree)
 	e.desc = engine.Description{
 		Kinds:         []engine.Kind{engine.Block},
 		Granularity:   info.Extent,
 		MaxSlabSize:   info.Extent * maxExtents,
-		MaxTags:       info.MetadataSize / areaCopies / tagBytes,
+		MaxTags:       e.area / tagBytes,
 		AtomicListing: true,
 		Location:      fmt.Sprintf("volume group %s (%s)", e.name, strings.Join(info.Devices, ", ")),
 	}

@@ -3,6 +3,8 @@ package lvm
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math"
 	"time"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
@@ -133,7 +135,7 @@ func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 			return engine.Usage{}, err
 		}
 		e.room.Store(info.MetadataFree)
-		return engine.Usage{Total: info.Size, Used: info.Size - info.Free, Available: info.Free}, nil
+		return engine.Usage{Total: info.Size, Used: info.Size - info.Free, Available: info.Free, Warning: e.areaWarning()}, nil
 	}
 	pool, err := e.group.Pool(ctx, e.pool)
 	if err == nil && pool.DataPercent < 0 { // somebody deactivated it
@@ -146,11 +148,59 @@ func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 	} else if err != nil {
 		return engine.Usage{}, err
 	}
-	u := engine.Usage{Total: pool.Size, Used: int64(float64(pool.Size) / 100 * pool.DataPercent)}
+	u := engine.Usage{Total: pool.Size, Used: int64(float64(pool.Size) / 100 * pool.DataPercent), Warning: join(e.poolWarning(pool), e.areaWarning())}
 	if max(pool.DataPercent, pool.MetadataPercent) < lvm.Full {
 		u.Available = u.Total - u.Used
 	}
 	return u, nil
+}
+
+// nearlyFull is from how many percent on the domain warns of a pool's data or
+// metadata, and of the group's metadata area.
+const nearlyFull = 80
+
+// poolWarning says what is going wrong with the pool; empty: nothing.
+func (e *lvmEngine) poolWarning(p lvm.Pool) string {
+	var out string
+	for _, part := range []struct {
+		what, grow string
+		used       float64
+		size       int64
+	}{
+		{"data", "lvextend -L", p.DataPercent, p.Size},
+		{"metadata", "lvextend --poolmetadatasize", p.MetadataPercent, p.MetadataSize},
+	} {
+		then := fmt.Sprintf("at %d%% no new volume, snapshot or clone is made any more, and when it is full writing fails", lvm.Full)
+		switch {
+		case part.used < nearlyFull:
+			continue
+		case part.used >= lvm.Full:
+			then = "no new volume, snapshot or clone is made any more, and when it is full writing fails"
+		}
+		out = join(out, fmt.Sprintf("%.0f%% of the %s of thin pool %s/%s (%d MiB) is used: %s: delete something, or extend the pool (%s)",
+			math.Floor(part.used), part.what, e.name, e.pool, part.size>>20, then, part.grow))
+	}
+	if p.Health != "" {
+		out = join(out, fmt.Sprintf("thin pool %s/%s is not healthy, LVM says %q: writing fails (extend the pool; then, with all its volumes inactive, lvconvert --repair)", e.name, e.pool, p.Health))
+	}
+	return out
+}
+
+// areaWarning is of the group's metadata area, as last seen.
+func (e *lvmEngine) areaWarning() string {
+	free := e.room.Load()
+	if free*100 > e.area*(100-nearlyFull) {
+		return ""
+	}
+	return fmt.Sprintf("%d of the %d KiB that volume group %s has for metadata are used, which hold a record for every image: when they are full nothing new is made: delete images, or move to a group with a larger area (vgcreate --metadatasize)",
+		(e.area-free)>>10, e.area>>10, e.name)
+}
+
+func join(a, b string) string {
+	if a == "" || b == "" {
+		return a + b
+	}
+	return a + "; " + b
 }
 
 // measuredFor is how long one report answers for slabs whose usage does not
