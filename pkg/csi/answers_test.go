@@ -410,6 +410,13 @@ func TestHealth(t *testing.T) {
 	if h := state(image.Broken); len(h.HealthStatuses) != 1 || h.HealthStatuses[0].Status != csi.VolumeHealthErrorType_INACCESSIBLE {
 		t.Errorf("broken: %v", h)
 	}
+	h := image.Handle{Domain: "nas", Image: "v-1"}
+	m.images[h] = image.Image{Handle: h, Mutable: true, State: image.Broken, Reason: "because", Warning: "the pool is nearly full"}
+	full, err := s.ControllerListVolumeHealth(ctx, &csi.ControllerListVolumeHealthRequest{})
+	if err != nil || len(full.Entries) != 1 || len(full.Entries[0].HealthStatuses) != 2 || full.Entries[0].HealthStatuses[1].Status != csi.VolumeHealthErrorType_DEGRADED ||
+		full.Entries[0].HealthStatuses[1].Reason != "StorageDegraded" || full.Entries[0].HealthStatuses[1].Message != "the pool is nearly full" {
+		t.Errorf("on a pool that is nearly full: %v, %v", full, err)
+	}
 	n.conditions = []node.Condition{{Status: node.Inaccessible, Reason: "DeviceGone", Message: "m"}}
 	r, err := s.NodeGetVolumeHealth(ctx, &csi.NodeGetVolumeHealthRequest{VolumeId: "nas/v-1"})
 	if err != nil || r.VolumeHealth.VolumeId != "nas/v-1" || r.VolumeHealth.HealthStatuses[0].Status != csi.VolumeHealthErrorType_INACCESSIBLE || r.VolumeHealth.HealthStatuses[0].Reason != "DeviceGone" {

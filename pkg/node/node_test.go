@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -440,6 +441,22 @@ func TestDamagedSlabs(t *testing.T) {
 	if len(bad) != 1 || bad[0].Status != StorageUnreachable || !strings.Contains(bad[0].Message, "gone") {
 		t.Fatalf("storage health: %v", bad)
 	}
+	warns := New(Config{NodeID: "n1", Engines: func(string) (*engine.Users, error) { return engine.NewUsers(warning{}), nil }})
+	bad = warns.StorageHealth(bg, []string{"a", "b"})
+	if len(bad) != 1 || bad[0] != (Condition{StorageDegraded, "DomainDegraded", "domain a: nearly full; domain b: nearly full"}) {
+		t.Fatalf("storage that warns: %v", bad)
+	}
+}
+
+// warning is an engine whose storage is nearly full.
+type warning struct{ engine.Engine }
+
+func (warning) DomainUsage(context.Context) (engine.Usage, error) {
+	return engine.Usage{Warning: "nearly full"}, nil
+}
+
+func (warning) SlabUsage(context.Context, string) (engine.Usage, error) {
+	return engine.Usage{}, engine.ErrDeclined
 }
 
 func wantCondition(t *testing.T, got []Condition, s Status, reason string) {

@@ -2,8 +2,8 @@
 // manager.
 //
 // A slab is a logical volume: thick in the group, or thin in a pool of it. A tag
-// is a logical volume without extents, never active, whose LVM tags carry the
-// record: lvcreate refuses a name that is taken. names.go says how they are called.
+// is a logical volume without physical extents, never active, whose LVM tags carry
+// the record: lvcreate refuses a name that is taken. names.go says how they are called.
 package lvm
 
 import (

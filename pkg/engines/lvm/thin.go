@@ -181,7 +181,7 @@ func (e *lvmEngine) poolWarning(p lvm.Pool) string {
 			math.Floor(part.used), part.what, e.name, e.pool, part.size>>20, then, part.grow))
 	}
 	if p.Health != "" {
-		out = join(out, fmt.Sprintf("thin pool %s/%s is not healthy, LVM says %q: writing fails (extend the pool; then, with all its volumes inactive, lvconvert --repair)", e.name, e.pool, p.Health))
+		out = join(out, fmt.Sprintf("thin pool %s/%s is not healthy, LVM says %q, and writing fails: docs/engines/lvm.md says what to do", e.name, e.pool, p.Health))
 	}
 	return out
 }
