@@ -62,17 +62,23 @@ func (d *domain) mergeable(img *image) error {
 	return nil
 }
 
-// mergeSome starts the merge that is due, one at a time.
+// mergeSome starts the merge that is due, one at a time. The lowest in a chain goes
+// first: what is merged into a raw slab is not moved again.
 func (d *domain) mergeSome(ctx context.Context) {
 	d.mu.Lock()
 	var next *image
+	lowest := 0
 	for _, img := range d.images {
 		if img.merging != nil {
 			d.mu.Unlock()
 			return
 		}
-		if d.mergeable(img) == nil && (next == nil || img.id < next.id) && d.m.cfg.Now().Sub(img.mergeTried) >= mergeAgain {
-			next = img
+		if d.mergeable(img) != nil || d.m.cfg.Now().Sub(img.mergeTried) < mergeAgain {
+			continue
+		}
+		line, _ := d.line(img) // of a broken one, as far as it goes
+		if n := len(line); next == nil || n < lowest || n == lowest && img.id < next.id {
+			next, lowest = img, n
 		}
 	}
 	if next == nil {

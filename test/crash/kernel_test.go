@@ -34,6 +34,7 @@ type kernel struct {
 	merged    map[string]bool                  // slab: its device shows the parent's
 	private   map[string]image.Handle          // devices for copies, by path
 	steps     int                              // exceptions that one look at a merge finds merged; 0: all
+	merges    []int                            // of how many slabs the chain of each merge was
 	complaint error
 	epochs    map[string]int64 // domain: the highest that the agent has heard of
 }
@@ -407,7 +408,10 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 		return image.Merging{}, err
 	}
 	defer closeAll(slabs)
-	k.merging[child.ID] = true
+	if !k.merging[child.ID] {
+		k.merging[child.ID] = true
+		k.merges = append(k.merges, len(st.Slabs))
+	}
 	from, below := slabs[0], slabs[1:]
 	order := make([]int64, from.next)
 	for old, new := range from.made {

@@ -425,6 +425,31 @@ func TestAMergeLeavesAnAttachmentAlone(t *testing.T) {
 	w.end()
 }
 
+// TestMergesMoveNothingTwice: of a chain whose images were all deleted, the lowest layer goes
+// into the raw slab first.
+func TestMergesMoveNothingTwice(t *testing.T) {
+	w := newWorld(t, layered(t), image.LayoutImage)
+	w.story = t.Name()
+	s := newStory(w)
+	v := s.volume("v", "a", 1)
+	var snapshots []image.Image
+	for n := range 5 {
+		snapshots = append(snapshots, s.snapshot(fmt.Sprint("s", n), v))
+		s.write(v, uint64(n)+2)
+	}
+	for _, img := range snapshots {
+		w.must(w.DeleteSnapshot(w.ctx, img.Handle))
+	}
+	w.must(w.collect())
+	if want := []int{2, 2, 2, 2, 2}; !slices.Equal(w.kernel.merges, want) {
+		w.fatalf("the chains that were merged had %v slabs, want %v", w.kernel.merges, want)
+	}
+	now, err := w.Get(w.ctx, v.Handle)
+	w.must(err)
+	w.must(w.holds(now, 6))
+	w.end()
+}
+
 func TestASnapshotsLayerGivesItsSpaceBack(t *testing.T) {
 	w, v, s1, s2 := chained(t)
 	used := func(slab string) int64 {
