@@ -242,17 +242,15 @@ func (d *Devices) tops(ctx context.Context, match func(Device) bool) ([]Device, 
 			out = append(out, dev)
 		}
 	}
-	loops, err := d.host().Loops(ctx, func(lp host.Loop) bool {
-		_, ok := useOf(lp.Mark)
-		return ok && match(loopDevice(lp))
-	})
+	for _, lp := range w.tops {
+		if dev := loopDevice(lp); match(dev) {
+			out = append(out, dev)
+		}
+	}
 	// What is there is used although another device does not answer: one dead
 	// server must not block another's volumes.
-	if err != nil && (len(out)+len(loops) == 0 || fault.KindOf(err) != fault.Unavailable) {
-		return nil, err
-	}
-	for _, lp := range loops {
-		out = append(out, loopDevice(lp))
+	if len(out) == 0 && w.dumb != nil {
+		return nil, w.dumb
 	}
 	return out, nil
 }

@@ -139,6 +139,19 @@ func (d *Devices) collect(ctx context.Context, domains []string) error {
 	}
 }
 
+// idle says whether a layer, pad or loop device of some domains, given by their hashes,
+// has nothing above it.
+func (w *world) idle(domains []string) bool {
+	for _, m := range w.mapped {
+		if slices.Contains(domains, domainOf(m.UUID)) && len(w.above(number(m.Major, m.Minor))) == 0 {
+			return true
+		}
+	}
+	return slices.ContainsFunc(w.loops, func(lp host.Loop) bool {
+		return slices.Contains(domains, domainOf(lp.Mark)) && len(w.users(lp)) == 0
+	})
+}
+
 // users are our devices that stand on a loop device.
 func (w *world) users(lp host.Loop) []host.Mapped {
 	return w.above(number(loopMajor, uint32(lp.Number)))

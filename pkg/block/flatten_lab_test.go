@@ -9,6 +9,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/test/lab"
 )
 
 // flat is a raw slab with what a chain holds, in place of the chain's head.
@@ -120,6 +121,7 @@ func TestARawSlabComesInPlaceOfNothingElse(t *testing.T) {
 
 // An agent is killed before and after each call of such a switch.
 func TestAnAgentKilledWhileARawSlabComesInPlaceOfALayer(t *testing.T) {
+	lab.Need(t)
 	for kill, more := 1, true; more; kill++ {
 		t.Run(fmt.Sprint(kill), func(t *testing.T) {
 			r := newRig(t)

@@ -46,24 +46,35 @@ func (d *Devices) host() kernel {
 type world struct {
 	mapped []host.Mapped // ours
 	loops  []host.Loop   // of slabs
+	tops   []host.Loop   // tops without device-mapper
+	// dumb is fault.Unavailable when some loop device does not answer. It is not
+	// seen, and so not touched.
+	dumb error
 }
 
-// look asks the kernel. Without device-mapper there is nothing to see.
+// look asks the kernel. Without device-mapper there are only tops to see.
 func (d *Devices) look(ctx context.Context) (*world, error) {
-	if err := d.Layers(ctx); fault.KindOf(err) == fault.Unsupported && err != nil {
-		return &world{}, nil
-	} else if err != nil {
+	w := &world{}
+	switch err := d.Layers(ctx); {
+	case err == nil:
+		if w.mapped, err = d.host().Mapped(ctx, uuidPrefix); err != nil {
+			return nil, err
+		}
+	case fault.KindOf(err) != fault.Unsupported:
 		return nil, err
 	}
-	mapped, err := d.host().Mapped(ctx, uuidPrefix)
-	if err != nil {
-		return nil, err
+	loops, err := d.host().Loops(ctx, func(lp host.Loop) bool { return strings.HasPrefix(lp.Mark, markPrefix) })
+	if err != nil && fault.KindOf(err) == fault.Unavailable {
+		w.dumb, err = err, nil
 	}
-	loops, err := d.host().Loops(ctx, func(lp host.Loop) bool { return domainOf(lp.Mark) != "" })
-	if err != nil && fault.KindOf(err) != fault.Unavailable { // what does not answer is not seen, and so not touched
-		return nil, err
+	for _, lp := range loops {
+		if _, top := useOf(lp.Mark); top {
+			w.tops = append(w.tops, lp)
+		} else if domainOf(lp.Mark) != "" {
+			w.loops = append(w.loops, lp)
+		}
 	}
-	return &world{mapped: mapped, loops: loops}, nil
+	return w, err
 }
 
 func (w *world) uuid(uuid string) *host.Mapped {

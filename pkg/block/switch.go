@@ -54,7 +54,9 @@ func (d *Devices) Switch(ctx context.Context, specs []Spec) error {
 		return errors.Join(fault.New(fault.Conflict, "some of %d images have their new chains already, and others not: an earlier attempt was cut short, and what it cut is no one point in time; switch each by itself", len(specs)),
 			d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
 	}
-	err = d.move(ctx, w, steps)
+	if err = d.move(ctx, w, steps); err == nil && !w.idle(domainsOf(specs...)) {
+		return nil // a layer more: nothing has come free
+	}
 	return errors.Join(err, d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
 }
 
@@ -72,7 +74,7 @@ func (d *Devices) steps(ctx context.Context, w *world, s Spec) (_ []step, here b
 		}
 	}
 	if len(tops) == 0 {
-		return nil, false, d.noLoops(ctx, s)
+		return nil, false, w.noLoops(s)
 	}
 	writable := slices.ContainsFunc(tops, func(m host.Mapped) bool { return !m.ReadOnly })
 	levels, err := d.build(ctx, w, s.Slabs, writable)
@@ -93,21 +95,16 @@ func (d *Devices) steps(ctx context.Context, w *world, s Spec) (_ []step, here b
 }
 
 // noLoops refuses a chain for an owner that has a device without device-mapper.
-func (d *Devices) noLoops(ctx context.Context, s Spec) error {
+func (w *world) noLoops(s Spec) error {
 	if len(s.Slabs) == 1 {
 		return nil
 	}
-	loops, err := d.host().Loops(ctx, func(lp host.Loop) bool {
-		use, ok := useOf(lp.Mark)
-		return ok && use != View && lp.Mark == mark(use, s.Owner)
-	})
-	if err != nil {
-		return err
+	for _, lp := range w.tops {
+		if use, _ := useOf(lp.Mark); use != View && lp.Mark == mark(use, s.Owner) {
+			return fault.New(fault.InUse, "%s is attached as %s, without device-mapper: it can get no layer before it was unstaged from this node and staged again", s.Owner, lp.Path)
+		}
 	}
-	if len(loops) > 0 {
-		return fault.New(fault.InUse, "%s is attached as %s, without device-mapper: it can get no layer before it was unstaged from this node and staged again", s.Owner, loops[0].Path)
-	}
-	return nil
+	return w.dumb // it may be one of that owner
 }
 
 // continues refuses a chain that would show other content than the top does:

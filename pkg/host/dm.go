@@ -311,25 +311,24 @@ func (l *Local) suspend(ctx context.Context, m Mapped, freeze bool, limit time.D
 		mu.Lock()
 		begun = true
 		mu.Unlock()
-		f, err := l.control(ctx)
+		control, err := l.control(ctx)
 		if err != nil {
 			return err
 		}
-		defer f.Close()
 		mu.Lock()
 		stop := left
 		mu.Unlock()
 		if stop {
 			return nil
 		}
-		if _, err = dmDo(f, unix.DM_DEV_SUSPEND, r); err != nil {
+		if _, err = dmDo(control, unix.DM_DEV_SUSPEND, r); err != nil {
 			return err
 		}
 		mu.Lock()
 		done, stop = true, left
 		mu.Unlock()
 		if stop {
-			_, err = dmDo(f, unix.DM_DEV_SUSPEND, dmRequest{UUID: m.UUID, Event: dmUdev})
+			_, err = dmDo(control, unix.DM_DEV_SUSPEND, dmRequest{UUID: m.UUID, Event: dmUdev})
 		}
 		return err
 	})

@@ -26,7 +26,7 @@ const (
 	dmHeader  = unix.SizeofDmIoctl
 	dmSpec    = unix.SizeofDmTargetSpec
 	// The answer to a listing has no limit; a table's, in practice, a few KiB.
-	dmFirstBuffer, dmLargestBuffer = 16 << 10, 16 << 20
+	dmFirstBuffer, dmLargestBuffer = 4 << 10, 16 << 20
 	sector                         = 512
 )
 
@@ -160,22 +160,21 @@ func (l *Local) dm(ctx context.Context, op string, limit time.Duration, cmd uint
 		id = r.Name
 	}
 	return guarded(ctx, &l.guard, "device-mapper: "+strings.TrimSpace(op+" "+id), limit, func() (dmReply, error) {
-		f, err := l.control(ctx)
+		control, err := l.control(ctx)
 		if err != nil {
 			return dmReply{}, err
 		}
-		defer f.Close()
-		return dmDo(f, cmd, r)
+		return dmDo(control, cmd, r)
 	})
 }
 
-func dmDo(f *os.File, cmd uintptr, r dmRequest) (dmReply, error) {
+func dmDo(control int, cmd uintptr, r dmRequest) (dmReply, error) {
 	for size := dmFirstBuffer; ; size *= 4 {
 		buf, err := r.encode(size)
 		if err != nil {
 			return dmReply{}, err
 		}
-		err = dmIoctl(f, cmd, buf)
+		err = dmIoctl(control, cmd, buf)
 		if r.Table != nil && r.Flags&unix.DM_SECURE_DATA_FLAG != 0 {
 			clear(buf[dmHeader:])
 		}
@@ -193,10 +192,10 @@ func dmDo(f *os.File, cmd uintptr, r dmRequest) (dmReply, error) {
 
 // dmIoctl makes a request again when a signal interrupts it: the wait for
 // writes under way in a suspend can be, and the kernel has then undone it.
-func dmIoctl(f *os.File, cmd uintptr, buf []byte) error {
+func dmIoctl(control int, cmd uintptr, buf []byte) error {
 	first := bytes.Clone(buf[:dmHeader])
 	for {
-		_, _, errno := unix.Syscall(unix.SYS_IOCTL, f.Fd(), cmd, uintptr(unsafe.Pointer(&buf[0])))
+		_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(control), cmd, uintptr(unsafe.Pointer(&buf[0])))
 		if errno == 0 {
 			return nil
 		}
@@ -228,36 +227,53 @@ func dmError(op, name string, err error) error {
 	return fault.New(fault.Unavailable, "%s device %s: %w: the kernel's log says more", op, name, err)
 }
 
-// control opens the control node, and makes it where /dev is not the kernel's own.
-func (l *Local) control(ctx context.Context) (*os.File, error) {
-	f, err := os.OpenFile(dmControl, os.O_RDWR, 0)
-	if err == nil {
-		return f, nil
+// control is the open control node, for all requests. It is opened at the first, and the
+// node made where /dev is not the kernel's own.
+func (l *Local) control(ctx context.Context) (int, error) {
+	l.mu.Lock()
+	f := l.mapper
+	l.mu.Unlock()
+	if f != nil {
+		return int(f.Fd()), nil
 	}
-	if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENXIO) {
-		return nil, ioError("open", dmControl, err)
+	f, err := openFile(dmControl, unix.O_RDWR)
+	if err != nil {
+		if !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ENODEV) && !errors.Is(err, unix.ENXIO) {
+			return -1, ioError("open", dmControl, err)
+		}
+		if err := l.makeControl(ctx); err != nil {
+			return -1, err
+		}
+		if f, err = openFile(dmControl, unix.O_RDWR); err != nil {
+			// Not wrapped: its ENXIO would read like that of a device that is not there.
+			return -1, fault.New(fault.Unsupported, "open %s: %v: the kernel has device-mapper but its control node does not work", dmControl, err)
+		}
 	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.mapper == nil {
+		l.mapper = f
+	} else {
+		_ = f.Close() // another call was faster
+	}
+	return int(l.mapper.Fd()), nil
+}
+
+func (l *Local) makeControl(ctx context.Context) error {
 	number, err := miscNumber("device-mapper")
 	if errors.Is(err, fault.NotFound) {
 		if why := l.modprobe(ctx, "dm-mod"); why != nil {
-			return nil, fault.New(fault.Unsupported, "this node's kernel has no device-mapper, which layers need: load its module \"dm-mod\", or boot a kernel that has it (%w)", why)
+			return fault.New(fault.Unsupported, "this node's kernel has no device-mapper, which layers need: load its module \"dm-mod\", or boot a kernel that has it (%w)", why)
 		}
 		number, err = miscNumber("device-mapper")
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if err := os.MkdirAll("/dev/mapper", 0o755); err != nil {
-		return nil, ioError("make", "/dev/mapper", err)
+		return ioError("make", "/dev/mapper", err)
 	}
-	if err := node(dmControl, unix.S_IFCHR, 10, number); err != nil { // 10: the major number of all such nodes
-		return nil, err
-	}
-	if f, err = os.OpenFile(dmControl, os.O_RDWR, 0); err != nil {
-		// Not wrapped: its ENXIO would read like that of a device that is not there.
-		return nil, fault.New(fault.Unsupported, "open %s: %v: the kernel has device-mapper but its control node does not work", dmControl, err)
-	}
-	return f, nil
+	return node(dmControl, unix.S_IFCHR, 10, number) // 10: the major number of all such nodes
 }
 
 // miscNumber is the minor number of a driver in /proc/misc.

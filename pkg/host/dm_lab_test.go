@@ -673,11 +673,10 @@ func TestSuspendsInARow(t *testing.T) {
 
 // watchdogTime is what a watchdog takes to be ready.
 func watchdogTime(t *testing.T, m *mapper) time.Duration {
-	f, err := m.control(m.ctx)
+	control, err := m.control(m.ctx)
 	m.must(err)
-	defer f.Close()
 	t0 := time.Now()
-	d, err := startWatchdog(int(f.Fd()), nil, time.Hour)
+	d, err := startWatchdog(control, nil, time.Hour)
 	m.must(err)
 	took := time.Since(t0)
 	d.dismiss()

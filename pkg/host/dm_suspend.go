@@ -92,12 +92,11 @@ func (l *Local) SuspendAll(ctx context.Context, devices []Mapped, limit time.Dur
 
 func (s *Suspension) watch(ctx context.Context, limit time.Duration) error {
 	control, err := guarded(ctx, &s.local.guard, "open "+dmControl, quick, func() (fd int, err error) {
-		f, err := s.local.control(ctx)
+		all, err := s.local.control(ctx)
 		if err != nil {
 			return -1, err
 		}
-		defer f.Close()
-		fd, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+		fd, err = unix.FcntlInt(uintptr(all), unix.F_DUPFD_CLOEXEC, 0)
 		return fd, fault.Wrap(fault.Unavailable, err)
 	})
 	if err != nil {

@@ -94,7 +94,7 @@ func TestALoopDeviceThatDoesNotAnswerIsNotPassedOver(t *testing.T) {
 	}
 	started := NewLocal(Exec{}) // it has never asked
 	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Getattr })
-	abandon(t, fs, func(ctx context.Context) error { _, err := started.loop(ctx, dead.Number); return err })
+	abandon(t, fs, func(ctx context.Context) error { _, err := started.loop(ctx, dead.Number, dead.Backing); return err })
 	found, err := started.Loops(t.Context(), mine)
 	if !errors.Is(err, fault.Unavailable) || !contains(err, dead.Path) || len(found) != 1 || found[0] != known {
 		t.Fatalf("%+v %v", found, err)

@@ -28,9 +28,10 @@ type Local struct {
 	// thawing is how long a thaw, which writes to the storage, is waited for.
 	thawing time.Duration
 
-	mu    sync.Mutex
-	marks map[int]Loop // by number, valid for one disk sequence
-	tools map[string]*tool
+	mu     sync.Mutex
+	marks  map[int]Loop // by number, valid for one disk sequence
+	tools  map[string]*tool
+	mapper *os.File // device-mapper's control node, once it was opened
 }
 
 // NewLocal returns the host on which programs are started with run.

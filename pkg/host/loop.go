@@ -56,16 +56,20 @@ func (l *Local) Loops(ctx context.Context, match func(Loop) bool) ([]Loop, error
 
 // loops lists every loop device; unknown are those that could not be asked.
 func (l *Local) loops(ctx context.Context) (known, unknown []Loop, err error) {
-	dirs, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	devices, err := os.ReadDir("/sys/block")
 	if err != nil {
-		return nil, nil, fault.Wrap(fault.Internal, err)
+		return nil, nil, ioError("list", "/sys/block", err)
 	}
-	for _, d := range dirs {
-		n, err := strconv.Atoi(strings.TrimPrefix(strings.Split(d, "/")[3], "loop"))
-		if err != nil {
+	for _, d := range devices {
+		n, err := strconv.Atoi(strings.TrimPrefix(d.Name(), "loop"))
+		if err != nil || !strings.HasPrefix(d.Name(), "loop") {
 			continue
 		}
-		lp, err := l.loop(ctx, n)
+		backing := sysfs(n, "loop/backing_file")
+		if backing == "" {
+			continue // it has no file
+		}
+		lp, err := l.loop(ctx, n, backing)
 		switch {
 		case err == nil:
 			known = append(known, lp)
@@ -81,9 +85,8 @@ func (l *Local) loops(ctx context.Context) (known, unknown []Loop, err error) {
 
 // loop asks one device. What never changes during its life is asked once,
 // because the kernel looks at the backing file for it, which may hang.
-func (l *Local) loop(ctx context.Context, n int) (Loop, error) {
-	lp := Loop{Number: n, Path: fmt.Sprintf("/dev/loop%d", n), sequence: sequence(n)}
-	lp.Backing = sysfs(n, "loop/backing_file")
+func (l *Local) loop(ctx context.Context, n int, backing string) (Loop, error) {
+	lp := Loop{Number: n, Path: fmt.Sprintf("/dev/loop%d", n), Backing: backing, sequence: sequence(n)}
 	l.mu.Lock()
 	known, ok := l.marks[n]
 	l.mu.Unlock()
@@ -101,7 +104,7 @@ func (l *Local) loop(ctx context.Context, n int) (Loop, error) {
 	lp.ReadOnly = sysfs(n, "ro") == "1"
 	lp.DirectIO = sysfs(n, "loop/dio") == "1"
 	sectors, err := strconv.ParseInt(sysfs(n, "size"), 10, 64)
-	if err != nil || lp.Backing == "" {
+	if err != nil || lp.Backing == "" || sequence(n) != lp.sequence {
 		return lp, fault.New(fault.NotFound, "%s went away", lp.Path)
 	}
 	lp.Size = sectors * 512
@@ -212,11 +215,19 @@ func sysLoop(n int) string { return fmt.Sprintf("/sys/block/loop%d", n) }
 
 // sysfs reads an attribute of a loop device; "" when it has none.
 func sysfs(n int, name string) string {
-	b, err := os.ReadFile(filepath.Join(sysLoop(n), name))
+	// Many are read for every listing, and sysfs never waits: three system calls
+	// each, where os.ReadFile makes eight.
+	fd, err := unix.Open(sysLoop(n)+"/"+name, unix.O_RDONLY|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return ""
 	}
-	return strings.TrimSuffix(string(b), "\n")
+	defer unix.Close(fd)
+	var b [4096]byte // an attribute is at most a page
+	got, err := unix.Read(fd, b[:])
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSuffix(string(b[:got]), "\n")
 }
 
 // sequence is a number that is new whenever a device gets another file.

@@ -241,7 +241,7 @@ func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec, h *loopH
 			continue
 		}
 		h.device, h.made = d, true
-		return l.loop(ctx, n)
+		return l.loop(ctx, n, sysfs(n, "loop/backing_file"))
 	}
 }
 
