@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"io"
 	"os"
 	"strings"
 	"time"
@@ -39,7 +40,7 @@ func (s Signature) String() string {
 }
 
 // Probe looks for signatures on a device, past blkid's cache. blkid answers
-// "nothing found" also for what it cannot read, so the device is read first.
+// "nothing found" also for what it cannot read, so that is read then as well.
 func (l *Local) Probe(ctx context.Context, device string) (Signature, error) {
 	if err := l.ReadDevice(ctx, device); err != nil {
 		return Signature{}, err
@@ -50,7 +51,7 @@ func (l *Local) Probe(ctx context.Context, device string) (Signature, error) {
 	if errors.As(err, &exit) {
 		switch exit.Result.ExitCode {
 		case 2:
-			return Signature{}, nil
+			return Signature{}, l.readEnds(ctx, device)
 		case 8:
 			return Signature{Ambivalent: true}, nil
 		}
@@ -60,6 +61,26 @@ func (l *Local) Probe(ctx context.Context, device string) (Signature, error) {
 		return Signature{}, err
 	}
 	return parseProbe(string(res.Stdout)), nil
+}
+
+// readEnds fails if a device cannot be read where signatures lie: libblkid looks
+// into its first and its last two MiB.
+func (l *Local) readEnds(ctx context.Context, device string) error {
+	const end = 2 << 20
+	return l.guard.Do(ctx, "read both ends of "+device, quick, func() error {
+		f, err := openFile(device, os.O_RDONLY)
+		if err != nil {
+			return ioError("read", device, err)
+		}
+		defer f.Close()
+		size, err := f.Seek(0, io.SeekEnd)
+		for _, from := range []int64{0, max(0, size-end)} {
+			if err == nil {
+				_, err = io.Copy(io.Discard, io.NewSectionReader(f, from, end))
+			}
+		}
+		return ioError("read", device, err)
+	})
 }
 
 func parseProbe(text string) Signature {

@@ -72,8 +72,11 @@ func (d *domain) check(ctx context.Context) ([]Finding, error) {
 	layers := d.layers()
 	d.mu.Unlock()
 	for _, l := range layers {
-		if err := d.checkLayer(ctx, l); errors.Is(err, fault.Corrupt) {
+		switch err := d.checkLayer(ctx, l); {
+		case errors.Is(err, fault.Corrupt):
 			add(FindingMend, l.id, 0, "check the layer, and make it usable again if nothing in it contradicts itself", "the layer in slab %s: %v", l.slab, err)
+		case err != nil:
+			add(FindingReport, l.id, 0, "", "the layer in slab %s cannot be read: %v; mend the storage, then unstage what uses the layer and stage it again", l.slab, err)
 		}
 	}
 	slices.SortFunc(out, func(a, b Finding) int { return strings.Compare(a.ID, b.ID) })
@@ -94,7 +97,7 @@ func (d *domain) layers() (out []layerOf) {
 type layerOf struct{ id, slab string }
 
 // checkLayer looks whether the kernel has given a layer up. What cannot be
-// looked at is no finding: the image's state tells.
+// attached is no finding: the image's state tells.
 func (d *domain) checkLayer(ctx context.Context, l layerOf) error {
 	a, release, err := d.users.Attach(ctx, l.slab, engine.AttachOptions{ReadOnly: true})
 	if err != nil {
