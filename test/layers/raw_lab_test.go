@@ -17,7 +17,7 @@ import (
 // of the sectors in memory, to which every snapshot is equal as of its cut.
 func TestSnapshotsOfARawVolumeUnderLoad(t *testing.T) {
 	disk := spare(t)
-	p := plot{size: 32 * mib, snapshots: 12, clones: 4, alive: 6, busy: 2}
+	p := plot{size: 16 * mib, snapshots: 12, clones: 4, alive: 6, busy: 2}
 	if long() {
 		p.snapshots, p.clones, p.alive = 50, 20, 12
 	}
@@ -45,6 +45,9 @@ func TestSnapshotsOfARawVolumeUnderLoad(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := r.leavesNothing(); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.leavesNoTags(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -93,10 +96,10 @@ func startRaw(t *testing.T, path string, size int64, seed uint64) (*raw, error) 
 	return m, nil
 }
 
-// run lets a writer write, about a hundred times a second. Half of it
+// run lets a writer write, at most thirty times a second. Half of it
 // goes to a sixteenth of the place, so that much is written again.
 func (m *raw) run(w *writer, f *os.File, rnd *rand.Rand) error {
-	pace := time.NewTicker(10 * time.Millisecond)
+	pace := time.NewTicker(33 * time.Millisecond)
 	defer pace.Stop()
 	for m.tick(pace) {
 		room := w.last - w.first

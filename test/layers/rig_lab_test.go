@@ -76,6 +76,11 @@ func newRig(t *testing.T, disk string) *rig {
 		t.Fatal(err)
 	}
 	run(t, "mount", disk, r.path)
+	if out := os.Getenv("LAB_OUT"); out != "" { // can be read there while the test runs
+		if err := os.Symlink(filepath.Join(out, strings.ReplaceAll(t.Name(), "/", ".")+".log"), filepath.Join(dir, "quarry.log")); err != nil {
+			t.Fatal(err)
+		}
+	}
 	r.binary = filepath.Join(dir, "quarry")
 	r.Quarry, err = process.New(process.Config{Binary: r.binary, Dir: dir, Node: nodeID, Installation: "layers",
 		Domains: process.DomainsFile(process.Domain(domainName, r.path, ""))})
@@ -96,9 +101,6 @@ func newRig(t *testing.T, disk string) *rig {
 			t.Error(err)
 		}
 		r.takeDown(dir)
-		if out := os.Getenv("LAB_OUT"); out != "" {
-			run(t, "cp", filepath.Join(dir, "quarry.log"), filepath.Join(out, t.Name()+".log"))
-		}
 		if err := errors.Join(r.Close(), unix.Unmount(r.path, 0), os.RemoveAll(dir)); err != nil {
 			t.Error(err)
 		}
@@ -261,9 +263,11 @@ type volume struct {
 	r       *rig
 	id      string
 	name    string
+	size    int64
 	cap     *csi.VolumeCapability
 	staging string
 	target  string
+	context map[string]string // of the last publication
 }
 
 // volume makes a volume, empty or of a snapshot, and publishes it.
@@ -278,7 +282,7 @@ func (r *rig) volume(name string, size int64, c *csi.VolumeCapability, snapshot 
 	if err != nil {
 		return nil, err
 	}
-	v := &volume{r: r, id: reply.GetVolume().GetVolumeId(), name: name, cap: c,
+	v := &volume{r: r, id: reply.GetVolume().GetVolumeId(), name: name, size: size, cap: c,
 		staging: filepath.Join(r.Kubelet(), name, "staging"), target: filepath.Join(r.Kubelet(), name, "target")}
 	return v, v.publish()
 }
@@ -289,7 +293,8 @@ func (v *volume) publish() error {
 		err = os.MkdirAll(v.staging, 0o755)
 	}
 	if err == nil {
-		_, err = call(v.r.NodeStageVolume, &csi.NodeStageVolumeRequest{VolumeId: v.id, PublishContext: published.GetPublishContext(), StagingTargetPath: v.staging, VolumeCapability: v.cap})
+		v.context = published.GetPublishContext()
+		err = v.stage()
 	}
 	if err == nil {
 		_, err = call(v.r.NodePublishVolume, &csi.NodePublishVolumeRequest{VolumeId: v.id, StagingTargetPath: v.staging, TargetPath: v.target, VolumeCapability: v.cap})
@@ -300,10 +305,20 @@ func (v *volume) publish() error {
 	return nil
 }
 
+func (v *volume) stage() error {
+	_, err := call(v.r.NodeStageVolume, &csi.NodeStageVolumeRequest{VolumeId: v.id, PublishContext: v.context, StagingTargetPath: v.staging, VolumeCapability: v.cap})
+	return err
+}
+
+func (v *volume) unstage() error {
+	_, err := call(v.r.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.staging})
+	return err
+}
+
 func (v *volume) unpublish() error {
 	_, err := call(v.r.NodeUnpublishVolume, &csi.NodeUnpublishVolumeRequest{VolumeId: v.id, TargetPath: v.target})
 	if err == nil {
-		_, err = call(v.r.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: v.staging})
+		err = v.unstage()
 	}
 	if err == nil {
 		_, err = call(v.r.ControllerUnpublishVolume, &csi.ControllerUnpublishVolumeRequest{VolumeId: v.id, NodeId: nodeID})
@@ -332,6 +347,7 @@ func (r *rig) removeSnapshot(id string) error {
 
 // alone waits until a volume stands on nothing but its own raw slab, and says so.
 func (r *rig) alone(v *volume) error {
+	slabs := 0
 	return eventually("one optimized raw slab under "+v.name, patience, func() error {
 		all, err := r.admin.Images(context.Background())
 		if err != nil {
@@ -339,6 +355,10 @@ func (r *rig) alone(v *volume) error {
 		}
 		for _, i := range all {
 			if i.Handle == v.id {
+				if n := len(r.files("slabs")); n != slabs {
+					r.t.Logf("%d slabs, %d of them under %s", n, len(i.Slabs), v.name)
+					slabs = n
+				}
 				if i.State == "optimized" && len(i.Slabs) == 1 && len(r.files("slabs")) == 1 {
 					return nil
 				}
@@ -354,9 +374,9 @@ func (r *rig) alone(v *volume) error {
 const tagRetention = 25 * time.Minute
 
 // leavesNothing waits until nothing of deleted images is left in the domain and in
-// the kernel. Their tags stay for a while: that is waited for in the long form.
+// the kernel. Their tags stay for a while: see leavesNoTags.
 func (r *rig) leavesNothing() error {
-	err := eventually("nothing to be left", patience, func() error {
+	return eventually("nothing to be left", patience, func() error {
 		if left := mapped(r.t); len(left) > 0 {
 			return fmt.Errorf("device-mapper devices %v", left)
 		}
@@ -376,9 +396,15 @@ func (r *rig) leavesNothing() error {
 		}
 		return err
 	})
-	if err != nil || !long() {
-		return err
+}
+
+// leavesNoTags waits, in the long form, until the tags of deleted images are gone,
+// while other tests go on.
+func (r *rig) leavesNoTags() error {
+	if !long() {
+		return nil
 	}
+	r.t.Parallel()
 	return eventually("the tags of deleted images to be gone", tagRetention, func() error {
 		for _, tag := range r.files("tags") {
 			if name := filepath.Base(tag); !slices.Contains([]string{"e", "o", "n"}, strings.SplitN(name, ".", 2)[0]) {
