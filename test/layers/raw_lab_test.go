@@ -96,10 +96,10 @@ func startRaw(t *testing.T, path string, size int64, seed uint64) (*raw, error) 
 	return m, nil
 }
 
-// run lets a writer write, at most thirty times a second. Half of it
+// run lets a writer write, at most ten times a second. Half of it
 // goes to a sixteenth of the place, so that much is written again.
 func (m *raw) run(w *writer, f *os.File, rnd *rand.Rand) error {
-	pace := time.NewTicker(33 * time.Millisecond)
+	pace := time.NewTicker(100 * time.Millisecond)
 	defer pace.Stop()
 	for m.tick(pace) {
 		room := w.last - w.first
