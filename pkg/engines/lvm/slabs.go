@@ -181,12 +181,18 @@ func (e *lvmEngine) AttachSlab(ctx context.Context, id string, _ engine.AttachOp
 		return engine.Attachment{}, err
 	}
 	lv := volume(slabs, id)
-	if err := e.changed(ctx, e.group.Activate(ctx, lv)); err != nil {
-		return engine.Attachment{}, notFound(id, err)
-	}
 	dev, err := e.group.Device(ctx, e.uuid, lv)
 	if err != nil {
 		return engine.Attachment{}, err
+	}
+	// LVM would find nothing to do for one that is active, and take its time.
+	if dev == nil || dev.Suspended || dev.Inactive || len(dev.Targets) == 0 {
+		if err := e.changed(ctx, e.group.Activate(ctx, lv)); err != nil {
+			return engine.Attachment{}, notFound(id, err)
+		}
+		if dev, err = e.group.Device(ctx, e.uuid, lv); err != nil {
+			return engine.Attachment{}, err
+		}
 	}
 	if dev == nil {
 		return engine.Attachment{}, fault.New(fault.Unavailable, "slab %q: LVM made no device of logical volume %s/%s: look at activation/volume_list in lvm.conf", id, e.name, lv)
