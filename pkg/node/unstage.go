@@ -54,6 +54,11 @@ func (n *Node) unstage(ctx context.Context, h image.Handle, staging string) erro
 			return err
 		}
 	}
+	if len(s.devices) == 0 { // an attempt that failed may have got no further than that
+		if err := n.devices.Collect(ctx, h.Domain); err != nil {
+			return err
+		}
+	}
 	if err := n.detachSlabs(ctx, h); err != nil {
 		return err
 	}
