@@ -18,7 +18,7 @@ import (
 func knownFields() []string {
 	return []string{
 		"name", "engine", "params", "defaults", "secretsFile", "scope",
-		"overcommit", "capacityLimit", "aliases", "takeOver",
+		"overcommit", "capacityLimit", "backgroundRate", "aliases", "takeOver",
 	}
 }
 
@@ -130,6 +130,7 @@ func readEntry(item place, reg Registry, dir string) (Entry, map[string]place, e
 		{"scope", func(p place) error { e.Scope, err = p.choice(ScopeShared, ScopeNode); return err }},
 		{"overcommit", func(p place) error { e.Overcommit, err = p.factor(); return err }},
 		{"capacityLimit", func(p place) error { e.CapacityLimit, err = p.quantity(); return err }},
+		{"backgroundRate", func(p place) error { e.BackgroundRate, err = p.quantity(); return err }},
 		{"aliases", func(p place) error { e.Aliases, err = p.names(); return err }},
 		{"takeOver", func(p place) error { e.TakeOver, err = p.boolean(); return err }},
 		{"secretsFile", func(p place) error { e.Secrets, err = p.secrets(dir); return err }},

@@ -119,7 +119,7 @@ func TestWhatIsWrongIsSaidExactly(t *testing.T) {
 		"domains a map":     {"domains: {a: b}\n", `{FILE}:1: domains: a map: must be a list`},
 		"domain a string":   {"domains: [local]\n", `{FILE}:1: domains[0]: value "local": must be a map`},
 		"unknown at top":    {"domain: []\n", `{FILE}:1: domain: unknown field: only "domains" is known`},
-		"unknown in domain": {entry("  sise: 1\n"), `{FILE}:5: domains[0].sise: unknown field: known are "name", "engine", "params", "defaults", "secretsFile", "scope", "overcommit", "capacityLimit", "aliases", "takeOver"`},
+		"unknown in domain": {entry("  sise: 1\n"), `{FILE}:5: domains[0].sise: unknown field: known are "name", "engine", "params", "defaults", "secretsFile", "scope", "overcommit", "capacityLimit", "backgroundRate", "aliases", "takeOver"`},
 		"given twice":       {entry("  engine: dir\n"), `{FILE}:5: domains[0].engine: is given twice: line 3 has it already`},
 		"second document":   {"domains: []\n---\ndomains: []\n", `{FILE}:2: a second document begins here: one is allowed`},
 		"broken YAML":       {"domains: [\n", `{FILE}: yaml: line 1: did not find expected node content`},

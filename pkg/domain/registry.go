@@ -86,16 +86,18 @@ type Entry struct {
 	Scope         string // ScopeShared or ScopeNode
 	Overcommit    float64
 	CapacityLimit int64 // bytes; 0: the storage's own
-	Aliases       []string
-	TakeOver      bool
-	Secrets       Secrets
+	// BackgroundRate of merging and flattening, bytes per second; 0: as fast as it goes.
+	BackgroundRate int64
+	Aliases        []string
+	TakeOver       bool
+	Secrets        Secrets
 }
 
 // Config is the Image Manager's view of the entry on a node.
 func (e Entry) Config(node string) image.DomainConfig {
 	c := image.DomainConfig{
 		Name: e.Name, Engine: e.Engine, Scope: e.Scope, NativeOnly: e.NativeOnly,
-		Overcommit: e.Overcommit, CapacityLimit: e.CapacityLimit,
+		Overcommit: e.Overcommit, CapacityLimit: e.CapacityLimit, BackgroundRate: e.BackgroundRate,
 		Aliases: slices.Clone(e.Aliases), TakeOver: e.TakeOver,
 	}
 	if e.Scope == ScopeNode {

@@ -295,10 +295,14 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 		return fault.In(err, "attach the target", dst.d.id, spec.ID)
 	}
 	defer func() { err = errors.Join(err, release(ctx, true)) }()
+	rate := int64(0)
+	if made, _ := dst.snapshot(); made.Op == opFlatten { // nobody waits for it
+		rate = dst.d.cfg.BackgroundRate
+	}
 	if spec.Kind == engine.Tree {
 		err = m.cfg.Mover.CopyTree(ctx, in, out.Path, op.progress)
 	} else {
-		err = m.cfg.Mover.CopyBlock(ctx, in, out.Path, BlockCopy{Size: rec.Size, From: from,
+		err = m.cfg.Mover.CopyBlock(ctx, in, out.Path, BlockCopy{Size: rec.Size, From: from, Rate: rate,
 			DstZeroed: dst.d.desc.ZeroedSpace, Progress: op.progress, Checkpoint: checkpoint})
 	}
 	if err != nil {

@@ -82,6 +82,8 @@ type BlockCopy struct {
 	From int64
 	// DstZeroed says that dst reads as zero from From on, where it was not written.
 	DstZeroed bool
+	// Rate limits the copy to so many bytes per second; 0: no limit but the Mover's own.
+	Rate int64
 	// Progress is told bytes done of total; may be nil.
 	Progress func(done, total int64)
 	// Checkpoint is told from time to time an offset up to which dst is durable;
@@ -179,8 +181,8 @@ func checkDomainConfig(cfg *DomainConfig) error {
 	if cfg.Overcommit == 0 {
 		cfg.Overcommit = 1
 	}
-	if cfg.Overcommit < 0 || cfg.CapacityLimit < 0 {
-		return fault.New(fault.Invalid, "domain %s: overcommit %g and capacityLimit %d must not be negative", cfg.Name, cfg.Overcommit, cfg.CapacityLimit)
+	if cfg.Overcommit < 0 || cfg.CapacityLimit < 0 || cfg.BackgroundRate < 0 {
+		return fault.New(fault.Invalid, "domain %s: overcommit %g, capacityLimit %d and backgroundRate %d must not be negative", cfg.Name, cfg.Overcommit, cfg.CapacityLimit, cfg.BackgroundRate)
 	}
 	return nil
 }

@@ -26,13 +26,18 @@ type merge struct {
 	node  string
 	agent ChainAgent
 	total int64 // bytes, as first told
+	// It rests until then, to keep to the domain's BackgroundRate; began is when it
+	// was first told how far it is.
+	rests, began time.Time
 	// dropped: nobody looks after it any more, and it could not be stopped. The
 	// collector tries again. Guarded by the domain's mu.
 	dropped bool
 }
 
 // The pauses between two looks at a running merge.
-const mergeFirstLook, mergeLastLook = 50 * time.Millisecond, 2 * time.Second
+// One that must keep to a rate is looked at often, because it goes at its own speed
+// between two looks.
+const mergeFirstLook, mergeLastLook, mergeRateLook = 50 * time.Millisecond, 2 * time.Second, 200 * time.Millisecond
 
 // mergeable says why the layer of img cannot be merged into the slab below;
 // nil: it can. The caller holds d.mu.
@@ -116,6 +121,9 @@ func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 	op.at(d.id, img.id)
 	op.took(how{reason: "merge"})
 	first, pause, last := true, mergeFirstLook, mergeLastLook
+	if d.cfg.BackgroundRate > 0 {
+		last = mergeRateLook
+	}
 	if d.m.cfg.LookEvery > 0 {
 		pause, last = d.m.cfg.LookEvery, d.m.cfg.LookEvery
 	}
@@ -192,6 +200,10 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 			return false, err
 		}
 	}
+	now := d.m.cfg.Now()
+	if now.Before(running.rests) {
+		return false, nil
+	}
 	st, err := d.staging(img, running.node)
 	if err != nil {
 		return false, err
@@ -202,6 +214,13 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 	}
 	running.total = max(running.total, state.Left)
 	op.progress(running.total-state.Left, running.total)
+	if running.began.IsZero() {
+		running.began = now
+	}
+	if due := running.due(d.cfg.BackgroundRate, state.Left); !state.Done && due.After(now) {
+		running.rests = due
+		return false, d.m.stopMergeOn(ctx, img, running.node)
+	}
 	d.mu.Lock()
 	busy := d.mergeable(img)
 	d.mu.Unlock()
@@ -209,6 +228,15 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 		return false, nil
 	}
 	return true, d.endMerge(ctx, op, img, below, running, st)
+}
+
+// due is when so much could have been merged at a rate in bytes per second; with
+// none, long ago.
+func (run *merge) due(rate, left int64) time.Time {
+	if rate == 0 {
+		return run.began
+	}
+	return run.began.Add(time.Duration(float64(run.total-left) / float64(rate) * float64(time.Second)))
 }
 
 // beginMerge makes everything ready: the node's chain is that of the record,

@@ -353,7 +353,10 @@ type DomainConfig struct {
 	Overcommit float64
 	// CapacityLimit in bytes; 0: the storage's own.
 	CapacityLimit int64
-	Aliases       []string
+	// BackgroundRate is how many bytes per second merging and flattening may move,
+	// each by itself, as an average; 0: as many as they can.
+	BackgroundRate int64
+	Aliases        []string
 	// TakeOver a domain that belongs to another installation.
 	TakeOver bool
 }

@@ -101,7 +101,7 @@ func newBlockCopy(m *Mover, s, d *store, opts image.BlockCopy) *blockCopy {
 	c.pair = pair{
 		src: s.fd, dst: d.fd, direct: &direct{src: s.direct, dst: d.direct}, srcName: s.path, dstName: d.path, srcDev: s.device, dstDev: d.device,
 		dstZeroed: opts.DstZeroed,
-		noRange:   &c.noRange, throttle: m.throttle, zeros: make([]byte, sparseUnit),
+		noRange:   &c.noRange, throttle: m.throttle, own: newThrottle(opts.Rate), zeros: make([]byte, sparseUnit),
 	}
 	return c
 }

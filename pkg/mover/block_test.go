@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
@@ -423,6 +424,25 @@ func TestTheRateLimitHoldsForAllCopiesTogether(t *testing.T) {
 	if err := th.wait(ctx, 1); !errors.Is(err, context.Canceled) {
 		t.Fatalf("a wait behind twelve days of data ended with %v", err)
 	}
+}
+
+func TestACopyKeepsToARateOfItsOwn(t *testing.T) {
+	dir := t.TempDir()
+	src, dst := filepath.Join(dir, "src"), filepath.Join(dir, "dst")
+	makeSparse(t, src, 8*mib, []extent{{0, 8 * mib}})
+	makeSparse(t, dst, 8*mib, nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	ended := make(chan error, 1)
+	go func() {
+		_, err := New(Options{Buffer: 128 << 10, Workers: 1}).Block(ctx, src, dst, image.BlockCopy{Size: 8 * mib, DstZeroed: true, Rate: 1}) // for months
+		ended <- err
+	}()
+	for end := []byte{0}; end[0] == 0; end = readAt(t, dst, 128<<10-1, 1) { // the first buffer passes at once
+		time.Sleep(time.Millisecond)
+	}
+	cancel()
+	wantKind(t, <-ended, fault.Canceled)
 }
 
 func TestZeroingTouchesNothingBeside(t *testing.T) {

@@ -32,8 +32,9 @@ type pair struct {
 	detectZeros      bool
 	// noRange is set once copy_file_range turned out not to work here.
 	noRange  *atomic.Bool
-	throttle *throttle
-	zeros    []byte // sparseUnit bytes
+	throttle *throttle // of all copies together
+	own      *throttle // of this one
+	zeros    []byte    // sparseUnit bytes
 
 	ranged, written atomic.Int64 // bytes copied by copy_file_range, by write
 }
@@ -57,7 +58,7 @@ func (p *pair) clone(from, n int64) (bool, error) {
 
 // copy copies [off, off+n) of data, n at most len(buf).
 func (p *pair) copy(ctx context.Context, off, n int64, buf []byte) error {
-	if err := p.throttle.wait(ctx, n); err != nil {
+	if err := p.wait(ctx, n); err != nil {
 		return err
 	}
 	if !p.detectZeros && !p.noRange.Load() {
@@ -198,7 +199,7 @@ func (p *pair) zeroCheaply(off, n int64) error {
 func (p *pair) writeZeros(ctx context.Context, off, n int64) error {
 	for n > 0 {
 		step := min(n, int64(len(p.zeros)))
-		if err := p.throttle.wait(ctx, step); err != nil {
+		if err := p.wait(ctx, step); err != nil {
 			return err
 		}
 		if err := p.writeFull(p.zeros[:step], off); err != nil {

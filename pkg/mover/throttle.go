@@ -22,6 +22,14 @@ func newThrottle(rate int64) *throttle {
 }
 
 // wait returns when n bytes may be moved, or with the context's error.
+func (p *pair) wait(ctx context.Context, n int64) error {
+	if err := p.throttle.wait(ctx, n); err != nil {
+		return err
+	}
+	return p.own.wait(ctx, n)
+}
+
+// wait returns when n bytes may be moved, or with the context's error.
 func (t *throttle) wait(ctx context.Context, n int64) error {
 	if t == nil {
 		return ctx.Err()

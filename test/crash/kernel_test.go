@@ -35,6 +35,7 @@ type kernel struct {
 	private   map[string]image.Handle          // devices for copies, by path
 	steps     int                              // exceptions that one look at a merge finds merged; 0: all
 	merges    []int                            // of how many slabs the chain of each merge was
+	looks     int                              // at merges
 	complaint error
 	epochs    map[string]int64 // domain: the highest that the agent has heard of
 }
@@ -386,6 +387,7 @@ func (a chainAgents) Merge(_ context.Context, st image.Staging) (m image.Merging
 // merge copies some exceptions of the first slab into what lies below it.
 func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 	child, parent := st.Slabs[0], st.Slabs[1]
+	k.looks++
 	if k.merged[child.ID] {
 		return image.Merging{Done: true}, nil
 	}

@@ -522,3 +522,47 @@ func TestAChainOfSnapshotsThatAllLiveIsFlattened(t *testing.T) {
 	s.check()
 	w.end()
 }
+
+// TestAMergeKeepsToItsRate: a look at a merge finds ten chunks more of it merged, and
+// there may be ten in a second.
+func TestAMergeKeepsToItsRate(t *testing.T) {
+	w := newWorld(t, layered(t), image.LayoutImage)
+	w.story = t.Name()
+	w.kernel.steps, w.rate = 10, 10*kernelChunk
+	w.restart()
+	s := newStory(w)
+	v := s.volume("v", "a", 0)
+	w.must(w.stage(v))
+	s.write(v, 1)
+	s1 := s.snapshot("s1", v)
+	s.write(v, 2) // 72 chunks
+	w.must(w.DeleteSnapshot(w.ctx, s1.Handle))
+	w.must(w.Collect(w.ctx))
+	looks := func() int {
+		w.kernel.mu.Lock()
+		defer w.kernel.mu.Unlock()
+		return w.kernel.looks
+	}
+	// At the first look nobody knows how much there was, at the second the second that has not passed is used up.
+	for n := 2; slices.ContainsFunc(w.Operations(), isMerge); n++ {
+		for slices.ContainsFunc(w.Operations(), isMerge) && looks() < n {
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(5 * time.Millisecond) // several rounds of a merge that does not rest
+		if now := looks(); now > n {
+			w.fatalf("%d looks in %d seconds", now, n-2)
+		}
+		w.clock.turn(time.Second)
+	}
+	if looks() < 8 {
+		w.fatalf("72 chunks were merged in %d looks", looks())
+	}
+	w.must(w.collect())
+	now, err := w.Get(w.ctx, v.Handle)
+	w.must(err)
+	if len(now.Chain) != 1 {
+		w.fatalf("the chain is still %v", now.Chain)
+	}
+	w.must(w.holds(now, 2))
+	w.end()
+}

@@ -183,6 +183,7 @@ type world struct {
 	kernel *kernel // of the node; nil where it has no device-mapper
 	// reboots: what is in use on the node comes to its end with the process.
 	reboots bool
+	rate    int64 // of merges, bytes per second
 	process
 }
 
@@ -250,7 +251,7 @@ func (w *world) tryLaunch(c *control) (process, error) {
 		}
 		f := newFaulty(e, p.control)
 		f.torn = w.torn
-		if _, err := p.AddDomain(w.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: image.ScopeShared, Overcommit: 1000}, f); err != nil {
+		if _, err := p.AddDomain(w.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: image.ScopeShared, Overcommit: 1000, BackgroundRate: w.rate}, f); err != nil {
 			return p, errors.Join(err, f.Close(), p.Close())
 		}
 	}
