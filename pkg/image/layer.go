@@ -139,7 +139,7 @@ func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
 			return fault.New(fault.Unsupported, "node %s cannot build chains of layers", n)
 		}
 		if err := agent.Switch(ctx, list); err != nil {
-			if fault.KindOf(err) == fault.Conflict {
+			if k := fault.KindOf(err); k == fault.Conflict || k == fault.Pending {
 				return fault.New(fault.Pending, "node %s: %w", n, err)
 			}
 			return fault.New(fault.Unavailable, "node %s has not switched to the new chain yet: %w", n, err)

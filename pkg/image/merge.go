@@ -227,7 +227,54 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 	if !state.Done || busy != nil {
 		return false, nil
 	}
+	letGo, held, err := d.holdAbove(ctx, img)
+	if err != nil || !held {
+		return false, err
+	}
+	defer letGo()
 	return true, d.endMerge(ctx, op, img, below, running, st)
+}
+
+// holdAbove locks the volumes that stand on img, so that no node is told their
+// chains while these change, and looks whether a node is still building what it was
+// told before. held is false where either has to wait. The caller holds img's lock.
+func (d *domain) holdAbove(ctx context.Context, img *image) (release func(), held bool, err error) {
+	var locked []*image
+	release = func() {
+		for _, i := range locked {
+			i.lock.release()
+		}
+	}
+	defer func() {
+		if !held {
+			release()
+		}
+	}()
+	d.mu.Lock()
+	family := d.family(img)
+	d.mu.Unlock()
+	for _, i := range family {
+		if i != img {
+			if !i.lock.tryAcquire() {
+				return release, false, nil
+			}
+			locked = append(locked, i)
+		}
+		for _, n := range i.maybeNodes() {
+			agent, err := d.m.cfg.Agents.Agent(n)
+			if err != nil {
+				return release, false, err
+			}
+			for _, h := range d.handles(i) {
+				if _, err := agent.Staged(ctx, h); errors.Is(err, fault.Pending) {
+					return release, false, nil
+				} else if err != nil {
+					return release, false, fault.New(fault.Unavailable, "node %s does not tell whether it is staging image %s: %w", n, i.id, err)
+				}
+			}
+		}
+	}
+	return release, true, nil
 }
 
 // due is when so much could have been merged at a rate in bytes per second; with

@@ -11,10 +11,14 @@ import (
 )
 
 // chainNodes are nodes "n1" and "n2" that take every chain, stage nothing, and merge for
-// ever until they are told to stop. The real ones are tested in packages block and node.
+// ever, or at once, until they are told to stop. The real ones are tested in packages
+// block and node.
 type chainNodes struct {
 	mu      sync.Mutex
 	merging map[string]string // slab: node
+	asked   int               // times to merge
+	done    bool              // a merge is done when it is asked for
+	busy    bool              // in the middle of a staging
 }
 
 func (c *chainNodes) Agent(node string) (image.Agent, error) {
@@ -44,16 +48,25 @@ type chainNode struct {
 func (n chainNode) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
 	return image.NotStaged, nil
 }
-func (n chainNode) Thaw(context.Context, image.Handle) error           { return nil }
-func (n chainNode) Staged(context.Context, image.Handle) (bool, error) { return false, nil }
-func (n chainNode) Layers(context.Context, image.Handle) error         { return nil }
-func (n chainNode) Switch(context.Context, []image.Staging) error      { return nil }
+func (n chainNode) Thaw(context.Context, image.Handle) error      { return nil }
+func (n chainNode) Layers(context.Context, image.Handle) error    { return nil }
+func (n chainNode) Switch(context.Context, []image.Staging) error { return nil }
+
+func (n chainNode) Staged(context.Context, image.Handle) (bool, error) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.busy {
+		return false, fault.New(fault.Pending, "a staging is running")
+	}
+	return false, nil
+}
 
 func (n chainNode) Merge(_ context.Context, chain image.Staging) (image.Merging, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	n.asked++
 	n.merging[chain.Slabs[0].ID] = n.name
-	return image.Merging{Left: 1}, nil
+	return image.Merging{Left: 1, Done: n.done}, nil
 }
 
 func (n chainNode) StopMerge(_ context.Context, chain image.Staging) error {
@@ -101,4 +114,47 @@ func TestAMergeBelowAVolumeThatMovesToAnotherNode(t *testing.T) {
 	if on := nodes.on(); on == "n1" {
 		t.Fatalf("the volume is in use on n2, and %s merges a layer of its chain", on)
 	}
+}
+
+// TestAMergeEndsWhenNobodyBuildsTheChain: a node that was told a chain finds all of its
+// slabs, however long it takes to build it.
+func TestAMergeEndsWhenNobodyBuildsTheChain(t *testing.T) {
+	r := newRig(t, "a")
+	nodes := &chainNodes{merging: map[string]string{}, done: true, busy: true}
+	r.mapAgents = nodes
+	r.start()
+	v := r.volume("v", "a", 1<<20)
+	s1 := r.snapshot("s1", v)
+	r.snapshot("s2", v)
+	a, err := r.Attach(r.ctx, v.Handle, "n1", mount, false)
+	r.must(err)
+	st, err := r.Stage(r.ctx, v.Handle, "n1", a.Generation)
+	r.must(err)
+	r.must(r.DeleteSnapshot(r.ctx, s1.Handle))
+	r.must(r.Collect(r.ctx))
+	waitFor := func(what string, is func(chain int) bool) {
+		t.Helper()
+		for end := time.Now().Add(time.Minute); ; time.Sleep(time.Millisecond) {
+			now, err := r.Get(r.ctx, v.Handle)
+			r.must(err)
+			if is(len(now.Chain)) {
+				return
+			}
+			if time.Now().After(end) {
+				t.Fatalf("%s: the chain is %v", what, now.Chain)
+			}
+		}
+	}
+	waitFor("a merge that goes on", func(chain int) bool {
+		if chain < len(st.Slabs) {
+			t.Fatalf("the node builds a chain of %d slabs, and %d are left", len(st.Slabs), chain)
+		}
+		nodes.mu.Lock()
+		defer nodes.mu.Unlock()
+		return nodes.asked >= 2
+	})
+	nodes.mu.Lock()
+	nodes.busy = false
+	nodes.mu.Unlock()
+	waitFor("its end", func(chain int) bool { return chain == len(st.Slabs)-1 })
 }
