@@ -230,15 +230,21 @@ func call[Q, A any](method func(context.Context, Q, ...grpc.CallOption) (A, erro
 
 // eventually asks until there is no error.
 func eventually(what string, limit time.Duration, ask func() error) error {
-	end := time.After(limit)
+	return during(context.Background(), what, limit, ask)
+}
+
+// during is eventually for as long as ctx lasts.
+func during(ctx context.Context, what string, limit time.Duration, ask func() error) error {
+	ctx, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
 	for {
 		err := ask()
 		if err == nil {
 			return nil
 		}
 		select {
-		case <-end:
-			return fmt.Errorf("waited %s for %s: %w", limit, what, err)
+		case <-ctx.Done():
+			return fmt.Errorf("waiting for %s: %w: %w", what, ctx.Err(), err)
 		case <-time.After(100 * time.Millisecond):
 		}
 	}
@@ -268,23 +274,35 @@ type volume struct {
 	staging string
 	target  string
 	context map[string]string // of the last publication
+	secrets map[string]string // for staging
 }
 
 // volume makes a volume, empty or of a snapshot, and publishes it.
 func (r *rig) volume(name string, size int64, c *csi.VolumeCapability, snapshot string) (*volume, error) {
+	v, err := r.create(name, size, c, snapshot, nil)
+	if err != nil {
+		return nil, err
+	}
+	return v, v.publish()
+}
+
+// create makes a volume, encrypted if there are secrets, and leaves it detached.
+func (r *rig) create(name string, size int64, c *csi.VolumeCapability, snapshot string, secrets map[string]string) (*volume, error) {
 	req := &csi.CreateVolumeRequest{Name: name, CapacityRange: &csi.CapacityRange{RequiredBytes: size},
 		VolumeCapabilities: []*csi.VolumeCapability{c}, Parameters: map[string]string{"domain": domainName}}
 	if snapshot != "" {
 		req.VolumeContentSource = &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{
 			Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: snapshot}}}
 	}
+	if secrets != nil {
+		req.Parameters["encrypted"] = "true"
+	}
 	reply, err := call(r.CreateVolume, req)
 	if err != nil {
 		return nil, err
 	}
-	v := &volume{r: r, id: reply.GetVolume().GetVolumeId(), name: name, size: size, cap: c,
-		staging: filepath.Join(r.Kubelet(), name, "staging"), target: filepath.Join(r.Kubelet(), name, "target")}
-	return v, v.publish()
+	return &volume{r: r, id: reply.GetVolume().GetVolumeId(), name: name, size: size, cap: c, secrets: secrets,
+		staging: filepath.Join(r.Kubelet(), name, "staging"), target: filepath.Join(r.Kubelet(), name, "target")}, nil
 }
 
 func (v *volume) publish() error {
@@ -306,7 +324,7 @@ func (v *volume) publish() error {
 }
 
 func (v *volume) stage() error {
-	_, err := call(v.r.NodeStageVolume, &csi.NodeStageVolumeRequest{VolumeId: v.id, PublishContext: v.context, StagingTargetPath: v.staging, VolumeCapability: v.cap})
+	_, err := call(v.r.NodeStageVolume, &csi.NodeStageVolumeRequest{VolumeId: v.id, PublishContext: v.context, StagingTargetPath: v.staging, VolumeCapability: v.cap, Secrets: v.secrets})
 	return err
 }
 

@@ -44,11 +44,11 @@ func TestStagingRacesWithSnapshots(t *testing.T) {
 	lives.SetLimit(3)
 	for i := range snapshots {
 		moves := load.moves.Load()
-		err := eventually("another staging", patience, func() error {
+		err := during(ctx, "another staging", patience, func() error {
 			if load.moves.Load() == moves {
 				return errors.New("none yet")
 			}
-			return ctx.Err()
+			return nil
 		})
 		if err != nil {
 			t.Fatal(errors.Join(err, lives.Wait(), load.end()))

@@ -120,11 +120,11 @@ func (s *story) play(t *testing.T) error {
 			return errors.Join(ctx.Err(), lives.Wait())
 		}
 		from := s.load.mark().sum()
-		if err := eventually("the load to go on", patience, func() error {
+		if err := during(ctx, "the load to go on", patience, func() error {
 			if now := s.load.mark().sum(); now < from+20 {
 				return fmt.Errorf("%d writes after %d", now, from)
 			}
-			return ctx.Err()
+			return nil
 		}); err != nil {
 			return errors.Join(err, lives.Wait())
 		}
