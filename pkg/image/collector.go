@@ -124,7 +124,12 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 	}
 	if leftOver {
 		if rec, _ := img.snapshot(); !rec.Strong {
-			return d.sweep(ctx, img)
+			err := d.sweep(ctx, img)
+			if errors.Is(err, fault.Pending) { // check shows it until its time comes
+				klog.FromContext(ctx).V(2).Info("Sweeping waits", "image", img.id, "why", err)
+				return nil
+			}
+			return err
 		}
 	}
 	if err := d.endHold(ctx, img); err != nil {

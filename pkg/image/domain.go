@@ -410,9 +410,11 @@ func (img *image) read() (done func()) {
 	img.d.mu.Lock()
 	defer img.d.mu.Unlock()
 	img.readers++
-	return func() {
-		img.d.mu.Lock()
-		defer img.d.mu.Unlock()
-		img.readers--
-	}
+	return img.unread
+}
+
+func (img *image) unread() {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	img.readers--
 }

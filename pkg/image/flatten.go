@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -171,13 +172,14 @@ func (d *domain) flatten(ctx context.Context, op *operation, img *image) error {
 	op.at(d.id, img.id)
 	op.took(how{reason: "copy"})
 	d.mu.Lock()
-	due := d.flattens(img) == nil
 	line, err := d.line(img)
-	d.mu.Unlock()
-	if !due || err != nil {
+	if err != nil || d.flattens(img) != nil {
+		d.mu.Unlock()
 		return nil // it is not due any more
 	}
-	done := sync.OnceFunc(img.read()) // nothing in its chain is merged meanwhile
+	img.readers++ // so that nothing in its chain is merged from here on
+	d.mu.Unlock()
+	done := sync.OnceFunc(img.unread)
 	defer done()
 	rec, old := img.snapshot()
 	size, err := d.content(ctx, line)
@@ -201,8 +203,8 @@ func (d *domain) flatten(ctx context.Context, op *operation, img *image) error {
 	}
 	done()
 	// Whether it was sealed or not, the sweep takes away what is not needed.
-	if sweepErr := d.sweep(ctx, f); sweepErr != nil {
-		err = fault.New(fault.Unavailable, "flatten %s: cleaning up is left to the collector: %w", img.id, sweepErr)
+	if left := d.sweep(ctx, f); left != nil {
+		err = errors.Join(err, fault.New(fault.Unavailable, "flatten %s: cleaning up is left to the collector: %w", img.id, left))
 	}
 	d.mu.Lock()
 	f.op = nil
