@@ -38,8 +38,11 @@ func Params() map[string]string {
 // lvmEngine is an opened domain.
 type lvmEngine struct {
 	group  *lvm.Group
-	name   string // of the group
-	uuid   string // of the group
+	name   string      // of the group
+	uuid   string      // of the group
+	disks  []string    // as they were at opening
+	grown  atomic.Bool // it has others by now
+	known  knowledge
 	pool   string // of thin slabs; "": slabs are thick
 	extent int64
 	desc   engine.Description
@@ -82,7 +85,7 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 	if err := e.checkGroup(info); err != nil {
 		return nil, err
 	}
-	e.uuid, e.extent = info.UUID, info.Extent
+	e.uuid, e.extent, e.disks = info.UUID, info.Extent, info.Devices
 	e.area = info.MetadataSize / areaCopies
 	e.reserve = min(e.area/8, 256<<10)
 	e.room.Store(info.MetadataFree)
@@ -215,6 +218,7 @@ func (e *lvmEngine) list(ctx context.Context, selection string, used bool) ([]lv
 		return nil, e.missing(l.Missing)
 	}
 	e.room.Store(l.MetadataFree)
+	e.grown.Store(l.Disks != int64(len(e.disks)))
 	return l.Volumes, nil
 }
 

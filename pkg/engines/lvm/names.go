@@ -66,16 +66,6 @@ func known(sort, lv string) string {
 	return name
 }
 
-// selection of tags by a prefix of their names. What is hashed can only be
-// looked at.
-func selection(prefix string) string {
-	beginnings := []string{tagSort + "-"}
-	if !strings.Contains(prefix, "_") {
-		beginnings = append(beginnings, tagSort+"."+prefix)
-	}
-	return lvm.Names([]string{marker}, beginnings)
-}
-
 func checksum(t engine.Tag) uint32 {
 	return crc32.Update(crc32.ChecksumIEEE([]byte(t.Name+":"+t.Slab+":")), crc32.IEEETable, t.Record)
 }

@@ -3,6 +3,8 @@ package lvm
 import (
 	"context"
 	"errors"
+	"slices"
+	"strings"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -21,7 +23,8 @@ func (e *lvmEngine) CreateSlab(ctx context.Context, spec engine.SlabSpec) error 
 	}
 	lv := volume(slabs, spec.ID)
 	if e.pool == "" {
-		err = e.group.CreateLinear(ctx, lv, size, slabTag+spec.ID)
+		err = e.follow(ctx, func() error { return e.group.CreateLinear(ctx, lv, size, slabTag+spec.ID) },
+			&lvm.Volume{Name: lv, Size: size, Tags: []string{slabTag + spec.ID}, Used: -1})
 	} else if err = e.group.CreateThin(ctx, e.pool, lv, size, slabTag+spec.ID); errors.Is(err, fault.NotFound) {
 		err = fault.New(fault.Unavailable, "thin pool %s/%s is gone: %w", e.name, e.pool, err)
 	}
@@ -58,7 +61,7 @@ func (e *lvmEngine) roomForSlab(ctx context.Context) error {
 	if e.room.Load() >= e.reserve {
 		return nil
 	}
-	info, err := e.group.Info(ctx)
+	info, err := e.group.Info(ctx) // what is known of the room is a guess after changes of our own
 	if err != nil {
 		return err
 	}
@@ -108,7 +111,7 @@ func (e *lvmEngine) compare(found map[string]lvm.Volume, spec engine.SlabSpec) (
 
 // find reads volumes by name; those that are not there are left out.
 func (e *lvmEngine) find(ctx context.Context, lvs ...string) (map[string]lvm.Volume, error) {
-	volumes, err := e.list(ctx, lvm.Names(append(lvs, marker), nil), false)
+	volumes, err := e.ours(ctx, func(name string) bool { return slices.Contains(lvs, name) })
 	found := map[string]lvm.Volume{}
 	for _, v := range volumes {
 		found[v.Name] = v
@@ -152,16 +155,20 @@ func (e *lvmEngine) DeleteSlab(ctx context.Context, id string) error {
 	if e.pool != "" {
 		all = append(all, volume(partial, id))
 	}
-	err = e.changed(ctx, e.group.Remove(ctx, all...))
+	err = e.changed(ctx, e.follow(ctx, func() error { return e.group.Remove(ctx, all...) }, nil, all...))
 	if errors.Is(err, fault.NotFound) {
 		return nil
 	}
 	return err
 }
 
-// ListSlabs implements engine.Engine: one report, made under the group's lock.
+func slabName(lv string) bool {
+	return strings.HasPrefix(lv, slabs+".") || strings.HasPrefix(lv, slabs+"-")
+}
+
+// ListSlabs implements engine.Engine: what the group had at one moment.
 func (e *lvmEngine) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
-	volumes, err := e.list(ctx, lvm.Names([]string{marker}, []string{slabs + ".", slabs + "-"}), false)
+	volumes, err := e.ours(ctx, slabName)
 	if err != nil {
 		return nil, err
 	}

@@ -18,18 +18,17 @@ func (e *lvmEngine) CreateTag(ctx context.Context, tag engine.Tag) error {
 		return err
 	}
 	lv := volume(tagSort, tag.Name)
-	err := e.group.CreateRecord(ctx, lv, encodeTag(tag)...)
+	lvmTags := encodeTag(tag)
+	err := e.follow(ctx, func() error { return e.group.CreateRecord(ctx, lv, lvmTags...) },
+		&lvm.Volume{Name: lv, Size: e.extent, Tags: lvmTags, Used: -1})
 	if !errors.Is(err, fault.Exists) {
 		return err
 	}
-	volumes, err := e.list(ctx, lvm.Names([]string{marker, lv}, nil), false)
+	volumes, err := e.ours(ctx, func(name string) bool { return name == lv })
 	if err != nil {
 		return err
 	}
 	for _, v := range volumes {
-		if v.Name != lv {
-			continue
-		}
 		have, ok := decodeTag(v)
 		switch {
 		case !ok || have.Name != tag.Name || have.Record == nil:
@@ -47,25 +46,29 @@ func (e *lvmEngine) DeleteTag(ctx context.Context, name string) error {
 	if err := engine.CheckName("tag name", name); err != nil {
 		return err
 	}
-	err := e.group.RemoveRecord(ctx, volume(tagSort, name))
+	lv := volume(tagSort, name)
+	err := e.follow(ctx, func() error { return e.group.RemoveRecord(ctx, lv) }, nil, lv)
 	if errors.Is(err, fault.NotFound) {
 		return nil
 	}
 	return err
 }
 
-// ListTags implements engine.Engine: one report, made under the group's lock.
+// ListTags implements engine.Engine: what the group had at one moment.
 func (e *lvmEngine) ListTags(ctx context.Context, prefix string) ([]engine.Tag, error) {
 	if strings.Trim(prefix, "abcdefghijklmnopqrstuvwxyz0123456789._-") != "" {
 		return nil, nil // nothing begins like that
 	}
-	volumes, err := e.list(ctx, selection(prefix), false)
+	plain := tagSort + "." + prefix
+	volumes, err := e.ours(ctx, func(name string) bool { // what is hashed can only be looked at
+		return strings.HasPrefix(name, plain) || strings.HasPrefix(name, tagSort+"-")
+	})
 	if err != nil {
 		return nil, err
 	}
 	tags := make([]engine.Tag, 0, len(volumes))
 	for _, v := range volumes {
-		if tag, ok := decodeTag(v); ok && v.Name != marker && strings.HasPrefix(tag.Name, prefix) {
+		if tag, ok := decodeTag(v); ok && strings.HasPrefix(tag.Name, prefix) {
 			tags = append(tags, tag)
 		}
 	}

@@ -130,11 +130,10 @@ func (e *lvmEngine) CloneSlab(ctx context.Context, source string, spec engine.Sl
 // Nothing is available in a pool that takes no new slabs.
 func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 	if e.pool == "" {
-		info, err := e.group.Info(ctx)
+		info, err := e.info(ctx)
 		if err != nil {
 			return engine.Usage{}, err
 		}
-		e.room.Store(info.MetadataFree)
 		return engine.Usage{Total: info.Size, Used: info.Size - info.Free, Available: info.Free, Warning: e.areaWarning()}, nil
 	}
 	pool, err := e.group.Pool(ctx, e.pool)
@@ -241,11 +240,13 @@ func (e *lvmEngine) measure(ctx context.Context, id string) (map[string]lvm.Volu
 	if v, there := e.measured[id]; there && v.Used < 0 && e.at == at && now.Sub(e.as) < measuredFor {
 		return e.measured, e.measuredPool, nil
 	}
-	whole := []string{marker}
-	if e.pool != "" {
-		whole = append(whole, e.pool)
+	var volumes []lvm.Volume
+	var err error
+	if e.pool == "" {
+		volumes, err = e.ours(ctx, slabName)
+	} else {
+		volumes, err = e.list(ctx, lvm.Names([]string{marker, e.pool}, []string{slabs + ".", slabs + "-"}), true)
 	}
-	volumes, err := e.list(ctx, lvm.Names(whole, []string{slabs + ".", slabs + "-"}), e.pool != "")
 	if err != nil {
 		return nil, lvm.Volume{}, err
 	}

@@ -108,8 +108,8 @@ func TestReports(t *testing.T) {
 	for what, report := range map[string]string{
 		"no report":       "",
 		"half a report":   `{"report": [{"lv": [{"vg_uuid"`,
-		"a field missing": `{"report": [{"lv": [{"vg_uuid":"a", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"1", "lv_tags":""}]}]}`,
-		"no number":       `{"report": [{"lv": [{"vg_uuid":"a", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"4.00m", "lv_tags":"", "pool_lv":""}]}]}`,
+		"a field missing": `{"report": [{"lv": [{"vg_uuid":"a", "pv_count":"1", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"1", "lv_tags":""}]}]}`,
+		"no number":       `{"report": [{"lv": [{"vg_uuid":"a", "pv_count":"1", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"4.00m", "lv_tags":"", "pool_lv":""}]}]}`,
 	} {
 		if l, err := parseVolumes([]byte(report)); !errors.Is(err, fault.Internal) {
 			t.Errorf("%s: %+v, %v", what, l, err)

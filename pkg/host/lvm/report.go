@@ -43,6 +43,7 @@ type Volume struct {
 // Listing is what volumes a group had at one moment.
 type Listing struct {
 	UUID         string // of the group; "" when no volume was selected
+	Disks        int64  // physical volumes, also those that are missing
 	Missing      int64
 	MetadataFree int64
 	Volumes      []Volume
@@ -98,7 +99,7 @@ func (g *Group) parseInfo(out []byte) (Info, error) {
 // Volumes lists the volumes whose names are selected: see Names. With used,
 // device-mapper is asked for the space that thin volumes take.
 func (g *Group) Volumes(ctx context.Context, selection string, used bool) (Listing, error) {
-	fields, access := "vg_uuid,vg_missing_pv_count,vg_mda_free,lv_name,lv_size,lv_tags,pool_lv", reads
+	fields, access := "vg_uuid,pv_count,vg_missing_pv_count,vg_mda_free,lv_name,lv_size,lv_tags,pool_lv", reads
 	if used {
 		fields, access = fields+",data_percent", kernel
 	}
@@ -114,7 +115,7 @@ func parseVolumes(out []byte) (Listing, error) {
 	if err != nil || len(rows) == 0 {
 		return Listing{}, err
 	}
-	l := Listing{UUID: rows[0].text("vg_uuid"), Missing: rows[0].number("vg_missing_pv_count"),
+	l := Listing{UUID: rows[0].text("vg_uuid"), Disks: rows[0].number("pv_count"), Missing: rows[0].number("vg_missing_pv_count"),
 		MetadataFree: rows[0].number("vg_mda_free"), Volumes: make([]Volume, 0, len(rows))}
 	err = rows[0].err
 	for _, r := range rows {
