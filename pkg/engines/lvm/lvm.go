@@ -180,13 +180,18 @@ func (e *lvmEngine) mark(ctx context.Context) error {
 	if e.pool != "" {
 		mode = markTag + "thin"
 	}
-	err := e.group.CreateRecord(ctx, marker, mode)
-	if err != nil && !errors.Is(err, fault.Exists) {
-		return err
-	}
-	l, err := e.list(ctx, lvm.Names([]string{marker}, nil), false)
+	there, err := e.group.Volumes(ctx, lvm.Names([]string{marker}, nil), false)
 	if err != nil {
 		return err
+	}
+	l := there.Volumes
+	if len(l) == 0 {
+		if err := e.group.CreateRecord(ctx, marker, mode); err != nil && !errors.Is(err, fault.Exists) {
+			return err
+		}
+		if l, err = e.list(ctx, lvm.Names([]string{marker}, nil), false); err != nil {
+			return err
+		}
 	}
 	for _, v := range l {
 		if v.Name == marker && slices.Contains(v.Tags, mode) {

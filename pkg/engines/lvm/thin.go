@@ -136,7 +136,7 @@ func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 		}
 		return engine.Usage{Total: info.Size, Used: info.Size - info.Free, Available: info.Free, Warning: e.areaWarning()}, nil
 	}
-	pool, err := e.group.Pool(ctx, e.pool)
+	pool, err := e.poolNow(ctx)
 	if err == nil && pool.DataPercent < 0 { // somebody deactivated it
 		if err = e.group.Activate(ctx, e.pool); err == nil {
 			pool, err = e.group.Pool(ctx, e.pool)
@@ -152,6 +152,17 @@ func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 		u.Available = u.Total - u.Used
 	}
 	return u, nil
+}
+
+// poolNow is the pool's state: the kernel's word where the group is there as a
+// whole, else LVM's.
+func (e *lvmEngine) poolNow(ctx context.Context) (lvm.Pool, error) {
+	if _, there := e.now(ctx); there {
+		if p, ok := e.group.ActivePool(ctx, e.uuid, e.pool); ok {
+			return p, nil
+		}
+	}
+	return e.group.Pool(ctx, e.pool)
 }
 
 // nearlyFull is from how many percent on the domain warns of a pool's data or

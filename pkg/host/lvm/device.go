@@ -3,6 +3,8 @@ package lvm
 import (
 	"context"
 	"errors"
+	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -21,13 +23,17 @@ func Escape(name string) string { return strings.ReplaceAll(name, "-", "--") }
 // Device is the active device of a volume; nil: it is not active. The group's
 // UUID, as in Info, tells it from another group of the same name.
 func (g *Group) Device(ctx context.Context, groupUUID, lv string) (*host.Mapped, error) {
+	return g.named(ctx, groupUUID, DeviceName(g.name, lv))
+}
+
+func (g *Group) named(ctx context.Context, groupUUID, name string) (*host.Mapped, error) {
 	all, err := g.mapped(ctx)
 	if errors.Is(err, fault.Unsupported) {
 		return nil, nil // without device-mapper nothing is active
 	} else if err != nil {
 		return nil, err
 	}
-	name, uuid := DeviceName(g.name, lv), devicePrefix(groupUUID)
+	uuid := devicePrefix(groupUUID)
 	for _, m := range all {
 		if m.Name == name && strings.HasPrefix(m.UUID, uuid) {
 			return &m, nil
@@ -51,6 +57,55 @@ func (g *Group) Suspended(ctx context.Context, groupUUID string) (bool, error) {
 		}
 	}
 	return false, nil
+}
+
+// ActivePool reads the state of a thin pool from the kernel, without starting a
+// program. Of its settings it knows none: Zero and ErrorWhenFull are false. ok is
+// false where it is not active, or says something unheard of: see Pool then.
+func (g *Group) ActivePool(ctx context.Context, groupUUID, pool string) (p Pool, ok bool) {
+	dev, err := g.named(ctx, groupUUID, DeviceName(g.name, pool)+"-tpool") // beneath the volume that an administrator sees
+	if err != nil || dev == nil || len(dev.Targets) != 1 || dev.Targets[0].Type != "thin-pool" {
+		return Pool{}, false
+	}
+	lines, err := g.kernel.StatusMapped(ctx, *dev)
+	if err != nil || len(lines) != 1 {
+		return Pool{}, false
+	}
+	p, ok = parseThinPool(lines[0])
+	p.Size = dev.Size
+	return p, ok
+}
+
+// thinMetadataBlock is the unit in which the kernel counts a pool's metadata, in bytes.
+const thinMetadataBlock = 4096
+
+// parseThinPool reads "TRANSACTION USED/TOTAL USED/TOTAL HELD MODE ...": metadata,
+// then data (Documentation/admin-guide/device-mapper/thin-provisioning.rst).
+func parseThinPool(status string) (p Pool, ok bool) {
+	words := strings.Fields(status)
+	if len(words) < 5 { // "Fail", too
+		return Pool{}, false
+	}
+	percent := func(word string) (float64, int64) {
+		var used, total int64
+		if _, err := fmt.Sscanf(word, "%d/%d", &used, &total); err != nil || total <= 0 {
+			return -1, 0
+		}
+		return 100 * float64(used) / float64(total), total
+	}
+	var blocks int64
+	p.MetadataPercent, blocks = percent(words[1])
+	p.DataPercent, _ = percent(words[2])
+	p.MetadataSize = blocks * thinMetadataBlock
+	switch { // as LVM calls it
+	case words[4] == "out_of_data_space":
+		p.Health = "out_of_data"
+	case words[4] == "ro":
+		p.Health = "metadata_read_only"
+	case slices.Contains(words[5:], "needs_check"):
+		p.Health = "needs_check"
+	}
+	return p, p.DataPercent >= 0 && p.MetadataPercent >= 0
 }
 
 const lvmDevices = "LVM-"

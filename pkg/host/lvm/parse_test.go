@@ -206,3 +206,21 @@ func TestWhatAKilledProgramLeftInAPoolIsRemoved(t *testing.T) {
 		t.Errorf("still stuck: %v", err)
 	}
 }
+
+func TestThinPoolStates(t *testing.T) {
+	for status, want := range map[string]Pool{
+		"1 129/1024 100/400 - rw no_discard_passdown queue_if_no_space - 1024":            {MetadataSize: 4 << 20, MetadataPercent: 12.59765625, DataPercent: 25},
+		"0 10/1000 400/400 - out_of_data_space discard_passdown error_if_no_space - 1024": {MetadataSize: 4096000, MetadataPercent: 1, DataPercent: 100, Health: "out_of_data"},
+		"7 500/500 10/400 - ro discard_passdown queue_if_no_space needs_check 1024":       {MetadataSize: 2048000, MetadataPercent: 100, DataPercent: 2.5, Health: "metadata_read_only"},
+		"7 250/500 10/400 - rw discard_passdown queue_if_no_space needs_check 1024":       {MetadataSize: 2048000, MetadataPercent: 50, DataPercent: 2.5, Health: "needs_check"},
+	} {
+		if have, ok := parseThinPool(status); !ok || have != want {
+			t.Errorf("%q: %+v, %v, want %+v", status, have, ok, want)
+		}
+	}
+	for _, status := range []string{"", "Fail", "Error", "1 2 3 4 5", "1 5/0 5/0 - rw"} {
+		if have, ok := parseThinPool(status); ok {
+			t.Errorf("%q: %+v", status, have)
+		}
+	}
+}
