@@ -74,6 +74,7 @@ const (
 	writes                // changes metadata only, never device-mapper
 	kernel                // asks device-mapper
 	devices               // changes metadata and devices
+	unchecked             // as devices, and a thin pool's metadata are not checked
 )
 
 const timeout = 2 * time.Minute
@@ -82,7 +83,12 @@ func (g *Group) lvm(ctx context.Context, a access, program string, args ...strin
 	if err := ctx.Err(); err != nil {
 		return host.Result{}, fault.Wrap(fault.KindOf(err), err)
 	}
-	all := []string{program, "--config", g.config()}
+	config := g.config()
+	if a == unchecked {
+		config += ` global/thin_check_executable=""`
+		a = devices
+	}
+	all := []string{program, "--config", config}
 	if len(g.options.Devices) > 0 {
 		all = append(all, "--devices", strings.Join(g.options.Devices, ","))
 	}
@@ -147,7 +153,11 @@ func (g *Group) CreateLinear(ctx context.Context, lv string, size int64, tags ..
 // CreateThin makes a volume of size bytes in a thin pool, inactive.
 // fault.NotFound: no such pool.
 func (g *Group) CreateThin(ctx context.Context, pool, lv string, size int64, tags ...string) error {
-	_, err := g.lvm(ctx, devices, "lvcreate", g.fresh(lv, tags, "--type", "thin", "-V", inBytes(size), "--thinpool", pool, g.name)...)
+	// For the first volume of a pool that is active LVM makes the pool's devices
+	// anew. One that somebody activated with udev has links there, which udev may
+	// remove late: the check of the pool's metadata, which goes by name, would miss it
+	// and ask for a repair. The pool was checked when it was activated.
+	_, err := g.lvm(ctx, unchecked, "lvcreate", g.fresh(lv, tags, "--type", "thin", "-V", inBytes(size), "--thinpool", pool, g.name)...)
 	return err
 }
 
