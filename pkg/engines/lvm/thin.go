@@ -33,7 +33,7 @@ func (e *lvmEngine) openPool(ctx context.Context) error {
 	} else {
 		e.note("thin pool %s: when it is full, writes wait for a minute and then fail (lvchange --errorwhenfull)", e.pool)
 	}
-	e.note("thin pool %s: at %d%% of data or metadata no new slab is made; Quarry does not extend the pool", e.pool, lvm.Full)
+	e.note("thin pool %s: at %d%% of its data, or %.0f%% of its metadata, no new slab is made; Quarry does not extend the pool", e.pool, lvm.Full, lvm.MetadataFull(pool.MetadataSize))
 	if pool.Health != "" {
 		e.note("thin pool %s is not healthy: %s (lvs -o lv_health_status, lvconvert --repair)", e.pool, pool.Health)
 	}
@@ -148,7 +148,7 @@ func (e *lvmEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
 		return engine.Usage{}, err
 	}
 	u := engine.Usage{Total: pool.Size, Used: int64(float64(pool.Size) / 100 * pool.DataPercent), Warning: join(e.poolWarning(pool), e.areaWarning())}
-	if max(pool.DataPercent, pool.MetadataPercent) < lvm.Full {
+	if pool.DataPercent < lvm.Full && pool.MetadataPercent < lvm.MetadataFull(pool.MetadataSize) {
 		u.Available = u.Total - u.Used
 	}
 	return u, nil
@@ -165,26 +165,26 @@ func (e *lvmEngine) poolNow(ctx context.Context) (lvm.Pool, error) {
 	return e.group.Pool(ctx, e.pool)
 }
 
-// nearlyFull is from how many percent on the domain warns of a pool's data or
-// metadata, and of the group's metadata area.
-const nearlyFull = 80
+// nearlyFull is from how many percent on the domain warns of the group's metadata
+// area; early is how many percent before a pool is full it warns of that.
+const nearlyFull, early = 80, 15
 
 // poolWarning says what is going wrong with the pool; empty: nothing.
 func (e *lvmEngine) poolWarning(p lvm.Pool) string {
 	var out string
 	for _, part := range []struct {
 		what, grow string
-		used       float64
+		used, full float64
 		size       int64
 	}{
-		{"data", "lvextend -L", p.DataPercent, p.Size},
-		{"metadata", "lvextend --poolmetadatasize", p.MetadataPercent, p.MetadataSize},
+		{"data", "lvextend -L", p.DataPercent, lvm.Full, p.Size},
+		{"metadata", "lvextend --poolmetadatasize", p.MetadataPercent, lvm.MetadataFull(p.MetadataSize), p.MetadataSize},
 	} {
-		then := fmt.Sprintf("at %d%% no new volume, snapshot or clone is made any more, and when it is full writing fails", lvm.Full)
+		then := fmt.Sprintf("at %.0f%% no new volume, snapshot or clone is made any more, and when it is full writing fails", part.full)
 		switch {
-		case part.used < nearlyFull:
+		case part.used < part.full-early:
 			continue
-		case part.used >= lvm.Full:
+		case part.used >= part.full:
 			then = "no new volume, snapshot or clone is made any more, and when it is full writing fails"
 		}
 		out = join(out, fmt.Sprintf("%.0f%% of the %s of thin pool %s/%s (%d MiB) is used: %s: delete something, or extend the pool (%s)",

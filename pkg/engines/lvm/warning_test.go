@@ -13,11 +13,11 @@ func TestWhatAPoolWarnsOf(t *testing.T) {
 		pool  lvm.Pool
 		tells []string // one for each thing
 	}{
-		"half full":           {lvm.Pool{DataPercent: 50, MetadataPercent: 79.9}, nil},
+		"half full":           {lvm.Pool{DataPercent: 50, MetadataPercent: 79.9, MetadataSize: 1 << 30}, nil},
 		"data nearly full":    {lvm.Pool{Size: 64 << 20, DataPercent: 80}, []string{"80% of the data of thin pool data/pool (64 MiB) is used: at 95% no"}},
 		"data full":           {lvm.Pool{DataPercent: 99.99}, []string{"99% of the data of thin pool data/pool (0 MiB) is used: no new"}},
-		"metadata full":       {lvm.Pool{MetadataPercent: 95, MetadataSize: 4 << 20}, []string{"95% of the metadata of thin pool data/pool (4 MiB) is used: no new"}},
-		"both":                {lvm.Pool{DataPercent: 90, MetadataPercent: 85}, []string{"90% of the data", "85% of the metadata"}},
+		"metadata full":       {lvm.Pool{MetadataPercent: 75, MetadataSize: 4 << 20}, []string{"75% of the metadata of thin pool data/pool (4 MiB) is used: no new"}},
+		"both":                {lvm.Pool{DataPercent: 90, MetadataPercent: 65, MetadataSize: 20 << 20}, []string{"90% of the data", "65% of the metadata of thin pool data/pool (20 MiB) is used: at 80% no"}},
 		"its metadata failed": {lvm.Pool{Health: "metadata_read_only"}, []string{"metadata_read_only"}},
 	} {
 		have := e.poolWarning(c.pool)

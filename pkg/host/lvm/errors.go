@@ -60,7 +60,7 @@ func (g *Group) explain(err error) error {
 	case has("exceeds maximum metadata size", "too large for circular buffer"):
 		return fault.New(fault.Exhausted, "the metadata area of volume group %s is full, which holds a record for every image: delete something, or make a group with a larger one (vgcreate --metadatasize) (%s)", g.name, words)
 	case has("reached threshold", "free space in thin pool"):
-		return fault.New(fault.Exhausted, "the thin pool is %d%% full, in its data or in its metadata: delete something, or extend it (lvextend, lvextend --poolmetadatasize) (%s)", Full, words)
+		return fault.New(fault.Exhausted, "the thin pool is full, %d%% of its data or all but 4 MiB or a quarter of its metadata: delete something, or extend it (lvextend -L, lvextend --poolmetadatasize) (%s)", Full, words)
 	case has("Volume too large", "Upper limit", "greater than the maximum"):
 		return fault.New(fault.OutOfRange, "%s", words)
 	case has("already exists in volume group"):

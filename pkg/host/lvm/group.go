@@ -45,9 +45,19 @@ func New(run host.Runner, name string, o Options) *Group {
 	return &Group{run: run, kernel: host.NewLocal(run), name: name, options: o}
 }
 
-// Full is how full a thin pool may be, in percent of its data or of its
-// metadata, while LVM still makes volumes in it.
+// Full is how full a thin pool may be, in percent of its data, while LVM still
+// makes volumes in it; see also MetadataFull.
 const Full = 95
+
+// MetadataFull is the same for metadata of size bytes. Whatever is configured,
+// LVM wants a quarter of them to be free, or 4 MiB (lib/metadata/thin_manip.c:
+// pool_metadata_min_threshold).
+func MetadataFull(size int64) float64 {
+	if size <= 0 {
+		return Full
+	}
+	return min(Full, 100-min(25, 100*float64(4<<20)/float64(size)))
+}
 
 // config is laid over the host's lvm.conf.
 func (g *Group) config() string {
