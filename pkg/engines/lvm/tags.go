@@ -28,17 +28,17 @@ func (e *lvmEngine) CreateTag(ctx context.Context, tag engine.Tag) error {
 	if err != nil {
 		return err
 	}
-	for _, v := range volumes {
-		have, ok := decodeTag(v)
-		switch {
-		case !ok || have.Name != tag.Name || have.Record == nil:
-			return fault.New(fault.Exists, "tag %q is taken by something that cannot be read as a tag: logical volume %s/%s", tag.Name, e.name, lv)
-		case have.Slab != tag.Slab || !bytes.Equal(have.Record, tag.Record):
-			return fault.New(fault.Exists, "tag %q is taken by another record", tag.Name)
-		}
-		return nil // a lost reply
+	if len(volumes) == 0 {
+		return fault.New(fault.Exists, "tag %q was taken, and was deleted meanwhile", tag.Name)
 	}
-	return fault.New(fault.Exists, "tag %q was taken, and was deleted meanwhile", tag.Name)
+	have, ok := decodeTag(volumes[0])
+	switch {
+	case !ok || have.Name != tag.Name || have.Record == nil:
+		return fault.New(fault.Exists, "tag %q is taken by something that cannot be read as a tag: logical volume %s/%s", tag.Name, e.name, lv)
+	case have.Slab != tag.Slab || !bytes.Equal(have.Record, tag.Record):
+		return fault.New(fault.Exists, "tag %q is taken by another record", tag.Name)
+	}
+	return nil // a lost reply
 }
 
 // DeleteTag implements engine.Engine.

@@ -80,11 +80,11 @@ func bit(b bool) int {
 type access int
 
 const (
-	reads   access = iota // metadata only, never device-mapper
-	writes                // changes metadata only, never device-mapper
-	kernel                // asks device-mapper
-	devices               // changes metadata and devices
-	unchecked             // as devices, and a thin pool's metadata are not checked
+	reads     access = iota // metadata only, never device-mapper
+	writes                  // changes metadata only, never device-mapper
+	kernel                  // asks device-mapper
+	devices                 // changes metadata and devices
+	unchecked               // as devices, and a thin pool's metadata are not checked
 )
 
 const timeout = 2 * time.Minute
