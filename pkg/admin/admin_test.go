@@ -6,10 +6,12 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -419,4 +421,46 @@ func TestServeLetsAnAnswerFinishAndNoLonger(t *testing.T) {
 			t.Errorf("the request that hung: %v", err)
 		}
 	}
+}
+
+// TestASocketThatADeadServersChildHolds: a process that was killed while it started a
+// program leaves its socket open in that, for a moment.
+func TestASocketThatADeadServersChildHolds(t *testing.T) {
+	const variable = "QUARRY_TEST_SERVE_AND_DIE"
+	if path := os.Getenv(variable); path != "" {
+		l, err := net.Listen("unix", path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := l.(*net.UnixListener).File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		heir := exec.Command("sleep", "0.5")
+		heir.ExtraFiles = []*os.File{f}
+		if err := heir.Start(); err != nil {
+			t.Fatal(err)
+		}
+		_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
+	}
+	path := filepath.Join(t.TempDir(), "a.sock")
+	server := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	server.Env = append(os.Environ(), variable+"="+path)
+	if err := server.Run(); err == nil || server.ProcessState.Exited() {
+		t.Fatalf("the server was not killed: %v", err)
+	}
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatalf("its child does not hold the socket: %v", err)
+	}
+	conn.Close()
+	e, err := ParseEndpoint(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := e.Listen()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
 }

@@ -103,13 +103,36 @@ func (e Endpoint) Unused() error {
 	case info.Mode().Type() != os.ModeSocket:
 		return fault.New(fault.Invalid, "endpoint %s: there is a file that is not a socket: remove it or choose another path", e)
 	}
-	conn, err := net.DialTimeout("unix", e.path, time.Second)
-	if err == nil {
+	for end := time.Now().Add(orphanLimit); ; time.Sleep(10 * time.Millisecond) {
+		conn, err := net.DialTimeout("unix", e.path, time.Second)
+		if errors.Is(err, syscall.ECONNREFUSED) {
+			return nil
+		}
+		if err != nil {
+			return fault.New(fault.InUse, "endpoint %s: a socket is there that cannot be told to be unused: %w", e, err)
+		}
+		orphan := orphaned(conn)
 		_ = conn.Close() // only a probe
-		return fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
+		if !orphan || time.Now().After(end) {
+			return fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
+		}
 	}
-	if !errors.Is(err, syscall.ECONNREFUSED) {
-		return fault.New(fault.InUse, "endpoint %s: a socket is there that cannot be told to be unused: %w", e, err)
+}
+
+// orphanLimit is how long a socket is waited for whose server was killed while it
+// was starting a program: until that has begun it holds all that its parent had open.
+const orphanLimit = 5 * time.Second
+
+// orphaned says whether the process that made the socket at the other end is gone.
+func orphaned(conn net.Conn) bool {
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return false
 	}
-	return nil
+	gone := false
+	err = raw.Control(func(fd uintptr) {
+		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		gone = err == nil && cred.Pid > 0 && errors.Is(unix.Kill(int(cred.Pid), 0), unix.ESRCH)
+	})
+	return err == nil && gone
 }
