@@ -1,0 +1,133 @@
+// Command layers measures with fio what layers cost a workload: chains of 0, 1, 4
+// and 8 layers, built by package block of slabs that are files and of slabs that
+// are logical volumes, beside the bare device; and beside them what a user would
+// take instead, LVM's own snapshots and qcow2 overlays.
+//
+// Device-mapper is needed, so it starts itself again in the kernel lab
+// (docs/LAB.md). It must run as root, in the checkout.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/layer"
+)
+
+// options are those of one run.
+type options struct {
+	long   bool
+	rounds int
+	time   time.Duration // of one timed measurement
+	depths []int         // of the chains
+	chunk  int64         // bytes, of all layers
+	chunks []int64       // sizes to compare beside the product's own
+}
+
+func main() {
+	var o options
+	lab := flag.String("lab", "hack/lab/run", "program that runs a command in the kernel lab")
+	flag.BoolVar(&o.long, "long", false, "also one request at a time, several chunk sizes, and LVM with eight snapshots")
+	flag.IntVar(&o.rounds, "rounds", 0, "rounds, in each of which everything is measured once (default 1, with -long 2)")
+	flag.DurationVar(&o.time, "time", 50*time.Millisecond, "how long one measurement takes, where it is timed")
+	chunk := flag.Int64("chunk", 0, "KiB in a chunk of the layers (default: what Quarry chooses)")
+	flag.Func("depths", "how many layers the chains have (default 1,4,8)", func(text string) (err error) {
+		o.depths, err = numbers[int](text)
+		return err
+	})
+	flag.Func("chunks", "also measure one layer with chunks of so many KiB (default none, with -long 4,16,64,256)", func(text string) (err error) {
+		o.chunks, err = numbers[int64](text)
+		return err
+	})
+	flag.Parse()
+	if o.chunk = *chunk * kib; o.chunk == 0 {
+		o.chunk = layer.ChunkSize(size)
+	}
+	if o.depths == nil {
+		o.depths = []int{1, 4, 8}
+	}
+	if o.long && o.chunks == nil {
+		o.chunks = []int64{4, 16, 64, 256}
+	}
+	if o.rounds == 0 {
+		o.rounds = 1
+		if o.long {
+			o.rounds = 2
+		}
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
+	defer stop()
+	run := func() error { return outside(ctx, *lab) }
+	if os.Getenv("QUARRY_LAB") == "1" {
+		run = func() error { return inside(ctx, o) }
+	}
+	if err := run(); err != nil {
+		fmt.Fprintln(os.Stderr, "layers:", err)
+		os.Exit(1)
+	}
+}
+
+func numbers[T int | int64](text string) ([]T, error) {
+	var out []T
+	for word := range strings.SplitSeq(text, ",") {
+		n, err := strconv.ParseInt(word, 10, 32)
+		if err != nil || n < 1 {
+			return nil, fmt.Errorf("%q: numbers above 0 are allowed, separated by commas", text)
+		}
+		out = append(out, T(n))
+	}
+	return out, nil
+}
+
+// outside runs this program in the lab.
+func outside(ctx context.Context, lab string) (err error) {
+	self, clean, err := visible()
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, clean()) }()
+	args := []string{"--virtual-time", "--time", "14400", "--memory", "7168", "--no-scratch", "--", self}
+	cmd := exec.CommandContext(ctx, lab, append(args, os.Args[1:]...)...)
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) } // it takes its machine down
+	return cmd.Run()
+}
+
+// visible copies this program to where the guest sees it: not to /dev/shm, where
+// go run may have put it.
+func visible() (path string, clean func() error, err error) {
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		return "", nil, err
+	}
+	dir := filepath.Join(cache, "quarry", "lab")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", nil, err
+	}
+	to, err := os.CreateTemp(dir, "bench.")
+	if err != nil {
+		return "", nil, err
+	}
+	clean = func() error { return os.Remove(to.Name()) }
+	from, err := os.Open("/proc/self/exe")
+	if err == nil {
+		_, err = io.Copy(to, from)
+		err = errors.Join(err, to.Chmod(0o755), from.Close())
+	}
+	if err = errors.Join(err, to.Close()); err != nil {
+		return "", nil, errors.Join(err, clean())
+	}
+	return to.Name(), clean, nil
+}
