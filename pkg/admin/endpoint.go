@@ -103,7 +103,10 @@ func (e Endpoint) Unused() error {
 	case info.Mode().Type() != os.ModeSocket:
 		return fault.New(fault.Invalid, "endpoint %s: there is a file that is not a socket: remove it or choose another path", e)
 	}
-	for end := time.Now().Add(orphanLimit); ; time.Sleep(10 * time.Millisecond) {
+	end := time.After(orphanLimit)
+	tick := time.NewTicker(10 * time.Millisecond) // the kernel tells nobody when the last one closes it
+	defer tick.Stop()
+	for {
 		conn, err := net.DialTimeout("unix", e.path, time.Second)
 		if errors.Is(err, syscall.ECONNREFUSED) {
 			return nil
@@ -113,8 +116,14 @@ func (e Endpoint) Unused() error {
 		}
 		orphan := orphaned(conn)
 		_ = conn.Close() // only a probe
-		if !orphan || time.Now().After(end) {
-			return fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
+		inUse := fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another path", e)
+		if !orphan {
+			return inUse
+		}
+		select {
+		case <-tick.C:
+		case <-end:
+			return inUse
 		}
 	}
 }

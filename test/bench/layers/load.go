@@ -118,7 +118,7 @@ func fio(ctx context.Context, sections []string) ([]float64, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer os.RemoveAll(dir)
+	defer func() { _ = os.RemoveAll(dir) }()
 	in, out := filepath.Join(dir, "job"), filepath.Join(dir, "out")
 	if err := os.WriteFile(in, []byte(job), 0o600); err != nil {
 		return nil, err
