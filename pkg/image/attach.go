@@ -296,8 +296,29 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	st.Handle = h
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	a.Staged = true
+	a.told++
+	st.Told = a.told
+	a.Staged, a.building = true, true
 	return st, nil
+}
+
+// Built tells that a node has built what Stage told it as told, or has given up.
+// Until then the slabs of that chain stay. It need not arrive: a node that says
+// nothing is asked.
+func (m *Manager) Built(_ context.Context, h Handle, node string, told int64) error {
+	img, err := m.find(h)
+	if errors.Is(err, fault.NotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if a := img.attached[node]; a != nil && a.told == told {
+		a.building = false
+	}
+	return nil
 }
 
 // Formatted seals that a fresh image now carries a filesystem, or, with "" for it, the
@@ -341,7 +362,7 @@ func (m *Manager) Unstaged(_ context.Context, h Handle, node string) error {
 	img.d.mu.Lock()
 	defer img.d.mu.Unlock()
 	if a := img.attached[node]; a != nil {
-		a.Staged = false
+		a.Staged, a.building = false, false
 	}
 	return nil
 }

@@ -97,6 +97,10 @@ type oldRevision struct {
 type attachment struct {
 	Attachment
 	tag string
+	// told counts the chains that the node was told. building: it may not have
+	// built the last one yet; see Built.
+	told     int64
+	building bool
 }
 
 // pendingTag is a tag whose creation has an unknown outcome: it may exist or

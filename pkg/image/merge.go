@@ -29,6 +29,9 @@ type merge struct {
 	// It rests until then, to keep to the domain's BackgroundRate; began is when it
 	// was first told how far it is.
 	rests, began time.Time
+	// waits: all is merged, and only a moment is missing in which nobody builds a
+	// chain with the layer.
+	waits bool
 	// dropped: nobody looks after it any more, and it could not be stopped. The
 	// collector tries again. Guarded by the domain's mu.
 	dropped bool
@@ -139,9 +142,20 @@ func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 		case <-ctx.Done():
 			d.dropMerge(context.WithoutCancel(ctx), img)
 			return fault.New(fault.Canceled, "merge %s: %w", img.id, ctx.Err())
-		case <-time.After(pause):
+		case <-time.After(d.mergePause(img, pause)):
 		}
 	}
+}
+
+// mergePause is short where the merge only waits for its moment: others use the
+// image all the time.
+func (d *domain) mergePause(img *image, pause time.Duration) time.Duration {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if img.merging != nil && img.merging.waits {
+		return min(pause, mergeFirstLook)
+	}
+	return pause
 }
 
 // dropMerge stops a merge that is not going to be looked after any more; what
@@ -229,6 +243,9 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 	}
 	letGo, held, err := d.holdAbove(ctx, img)
 	if err != nil || !held {
+		d.mu.Lock()
+		running.waits = err == nil
+		d.mu.Unlock()
 		return false, err
 	}
 	defer letGo()
@@ -260,21 +277,46 @@ func (d *domain) holdAbove(ctx context.Context, img *image) (release func(), hel
 			}
 			locked = append(locked, i)
 		}
-		for _, n := range i.maybeNodes() {
-			agent, err := d.m.cfg.Agents.Agent(n)
-			if err != nil {
+		for _, n := range i.building() {
+			if built, err := d.built(ctx, i, n); err != nil || !built {
 				return release, false, err
-			}
-			for _, h := range d.handles(i) {
-				if _, err := agent.Staged(ctx, h); errors.Is(err, fault.Pending) {
-					return release, false, nil
-				} else if err != nil {
-					return release, false, fault.New(fault.Unavailable, "node %s does not tell whether it is staging image %s: %w", n, i.id, err)
-				}
 			}
 		}
 	}
 	return release, true, nil
+}
+
+// building are the nodes that may not have built the chain that they were told last.
+func (img *image) building() (out []string) {
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	for n, a := range img.attached {
+		if a.building {
+			out = append(out, n)
+		}
+	}
+	return out
+}
+
+// built asks a node that has not said so. The caller holds img's lock.
+func (d *domain) built(ctx context.Context, img *image, node string) (bool, error) {
+	agent, err := d.m.cfg.Agents.Agent(node)
+	if err != nil {
+		return false, err
+	}
+	for _, h := range d.handles(img) {
+		if _, err := agent.Staged(ctx, h); errors.Is(err, fault.Pending) {
+			return false, nil
+		} else if err != nil {
+			return false, fault.New(fault.Unavailable, "node %s does not tell whether it is staging image %s: %w", node, img.id, err)
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if a := img.attached[node]; a != nil {
+		a.building = false
+	}
+	return true, nil
 }
 
 // due is when so much could have been merged at a rate in bytes per second; with

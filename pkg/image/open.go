@@ -279,14 +279,14 @@ func (d *domain) enterSide(t engine.Tag) {
 			// Its name says who it is, unless that is a hash. Once it is confirmed
 			// that the image is unstaged there, the attachment goes and all is well.
 			if node, ok := nodeOfAttachment(t.Name); ok {
-				img.attached[node] = &attachment{tag: t.Name, Attachment: Attachment{Node: node, Generation: int64(gen), Staged: true}}
+				img.attached[node] = &attachment{tag: t.Name, building: true, Attachment: Attachment{Node: node, Generation: int64(gen), Staged: true}}
 			}
 			return
 		}
 		if r.Ended {
 			return
 		}
-		img.attached[r.Node] = &attachment{tag: t.Name, Attachment: Attachment{Node: r.Node, Mode: r.Mode, Block: r.Block,
+		img.attached[r.Node] = &attachment{tag: t.Name, building: true, Attachment: Attachment{Node: r.Node, Mode: r.Mode, Block: r.Block,
 			ReadOnly: r.ReadOnly, Generation: int64(gen), Staged: true}} // until the agent says otherwise
 		return
 	}

@@ -270,6 +270,8 @@ type Staging struct {
 	// Block and Mode as attached.
 	Block bool
 	Mode  Mode
+	// Told is for Manager.Built.
+	Told int64
 }
 
 // Frozen is the answer of an agent that was asked to freeze an image.

@@ -69,6 +69,8 @@ func (m *manager) Formatted(_ context.Context, h image.Handle, _, filesystem str
 	return nil
 }
 
+func (m *manager) Built(context.Context, image.Handle, string, int64) error { return nil }
+
 func (m *manager) Unstaged(_ context.Context, h image.Handle, _ string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()

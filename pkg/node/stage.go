@@ -86,6 +86,7 @@ func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
 		return err
 	}
 	ctx = context.WithoutCancel(ctx) // a format or a check that is cut short would begin again for ever
+	defer n.built(ctx, r.Handle, st.Told)
 	if err := fits(r, st); err != nil {
 		return err
 	}
@@ -97,6 +98,14 @@ func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
 		return n.giveUp(ctx, r.Handle, err)
 	}
 	return nil
+}
+
+// built tells the Image Manager that nothing is built any more of what it told. Where it does
+// not hear that, it asks.
+func (n *Node) built(ctx context.Context, h image.Handle, told int64) {
+	if err := n.cfg.Manager.Built(ctx, h, n.cfg.NodeID, told); err != nil {
+		klog.FromContext(ctx).V(2).Info("The Image Manager was not told that a staging has ended; it will ask", "image", h, "err", err)
+	}
 }
 
 // assemble attaches the slabs and puts together what is used of them.
