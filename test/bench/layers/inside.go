@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"slices"
@@ -31,31 +30,35 @@ type family struct {
 }
 
 func inside(ctx context.Context, o options) error {
-	volumes, err := onVolumes(ctx, o)
-	if err != nil {
-		return err
-	}
-	files, err := onFiles(ctx, o)
-	if err != nil {
-		return err
-	}
-	fmt.Fprintln(os.Stderr, "the devices are ready")
 	kernel, err := os.ReadFile("/proc/sys/kernel/osrelease")
 	if err != nil {
 		return err
 	}
-	fmt.Printf("kernel %s, disks of %s, images of %d MiB, direct I/O, %d rounds, timed measurements of %s\n",
-		strings.TrimSpace(string(kernel)), latency, size/mib, o.rounds, o.time)
-	r := newResults()
-	for round := range o.rounds {
-		for _, f := range []family{files, volumes} {
+	fmt.Printf("kernel %s, disks of %s, images of %d MiB, chunks of %d KiB, direct I/O, %d rounds, timed measurements of %s\n",
+		strings.TrimSpace(string(kernel)), latency, size/mib, o.chunk/kib, o.rounds, o.time)
+	for _, storage := range []struct {
+		name string
+		make func(context.Context, options) (family, error)
+	}{{"files", onFiles}, {"volumes", onVolumes}} {
+		if o.on != "" && o.on != storage.name {
+			continue
+		}
+		f, err := storage.make(ctx, o)
+		if err != nil {
+			return err
+		}
+		fmt.Fprintf(os.Stderr, "the devices on %s are ready\n", storage.name)
+		r := newResults()
+		for round := range o.rounds {
 			if err := f.measure(ctx, o, round, r); err != nil {
 				return fmt.Errorf("%s: %w", f.name, err)
 			}
 		}
-		fmt.Fprintf(os.Stderr, "round %d of %d is done\n", round+1, o.rounds)
+		if err := r.print(f, o); err != nil {
+			return err
+		}
 	}
-	return errors.Join(r.print(files, o), r.print(volumes, o))
+	return nil
 }
 
 func onFiles(ctx context.Context, o options) (family, error) {

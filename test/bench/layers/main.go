@@ -29,6 +29,7 @@ import (
 // options are those of one run.
 type options struct {
 	long   bool
+	on     string // "files" or "volumes"; "": both
 	rounds int
 	time   time.Duration // of one timed measurement
 	depths []int         // of the chains
@@ -40,6 +41,7 @@ func main() {
 	var o options
 	lab := flag.String("lab", "hack/lab/run", "program that runs a command in the kernel lab")
 	flag.BoolVar(&o.long, "long", false, "also one request at a time, several chunk sizes, and LVM with eight snapshots")
+	flag.StringVar(&o.on, "on", "", "files or volumes only")
 	flag.IntVar(&o.rounds, "rounds", 0, "rounds, in each of which everything is measured once (default 1, with -long 2)")
 	flag.DurationVar(&o.time, "time", 50*time.Millisecond, "how long one measurement takes, where it is timed")
 	chunk := flag.Int64("chunk", 0, "KiB in a chunk of the layers (default: what Quarry chooses)")
@@ -52,6 +54,10 @@ func main() {
 		return err
 	})
 	flag.Parse()
+	if o.on != "" && o.on != "files" && o.on != "volumes" {
+		fmt.Fprintf(os.Stderr, "layers: -on %q: files or volumes is allowed\n", o.on)
+		os.Exit(2)
+	}
 	if o.chunk = *chunk * kib; o.chunk == 0 {
 		o.chunk = layer.ChunkSize(size)
 	}
