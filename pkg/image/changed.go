@@ -70,7 +70,7 @@ func (m *Manager) Allocated(ctx context.Context, h Handle, from int64, emit func
 // of the same volume, or of one that it was cloned from, made before.
 //
 // Where base lies below target in a chain of layers the list is what was written
-// between the two, in whole chunks (4 KiB up to 64 GiB): it may hold what was
+// between the two, in whole chunks (32 KiB up to 512 GiB): it may hold what was
 // written with what was there before, and what lies beside a smaller write. Where
 // a storage tells natively, its blocks count. Else both are compared, to 4 KiB.
 // The list never holds less than what changed.

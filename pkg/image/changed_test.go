@@ -13,7 +13,6 @@ import (
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
-	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
 // extents are offsets and lengths in KiB.
@@ -342,33 +341,33 @@ func TestInAChainTheLayersBetweenAreListed(t *testing.T) {
 	r.mapAgents = l
 	r.start()
 	v := r.volume("v", "a", 32*mib)
-	r.scribble(v, 100, 8)
+	r.scribble(v, 4, 8)
 	s1 := r.snapshot("s1", v)
-	if now, err := r.Get(r.ctx, v.Handle); err != nil || len(now.Chain) != 2 || now.Chain[0].Chunk != layer.MinChunk {
+	if now, err := r.Get(r.ctx, v.Handle); err != nil || len(now.Chain) != 2 || now.Chain[0].Chunk != 32<<10 {
 		t.Fatalf("%+v, %v", now.Chain, err)
 	}
 	r.except(v, 700, 3, 4)
 	s2 := r.snapshot("s2", v)
-	r.except(v, 4, 5, 8191)
+	r.except(v, 4, 5, 1023)
 	s3 := r.snapshot("s3", v)
 	r.except(v, 9)
 
 	check := func() {
 		t.Helper()
-		r.changed(s1, s3, 0, extents(12, 12, 2800, 4, 32764, 4))
-		r.changed(s1, s3, 16<<10, extents(16, 8, 2800, 4, 32764, 4))
-		r.allocated(s3, 0, extents(12, 12, 100, 8, 2800, 4, 32764, 4))
-		r.allocated(s1, 0, extents(100, 8))
+		r.changed(s1, s3, 0, extents(96, 96, 22400, 32, 32736, 32))
+		r.changed(s1, s3, 128<<10, extents(128, 64, 22400, 32, 32736, 32))
+		r.allocated(s3, 0, extents(4, 8, 96, 96, 22400, 32, 32736, 32))
+		r.allocated(s1, 0, extents(4, 8))
 	}
 	check()
-	r.changed(s1, s2, 0, extents(12, 8, 2800, 4))
-	r.changed(s2, s3, 0, extents(16, 8, 32764, 4))
+	r.changed(s1, s2, 0, extents(96, 64, 22400, 32))
+	r.changed(s2, s3, 0, extents(128, 64, 32736, 32))
 	r.is(r.Changed(r.ctx, s3.Handle, s1.Handle, 0, nil), fault.Invalid)
 	c := r.from("c", "a", s2, 0)
 	r.except(c, 1)
 	c1 := r.snapshot("c1", c)
-	r.changed(s1, c1, 0, extents(4, 4, 12, 8, 2800, 4))
-	r.changed(s2, c1, 0, extents(4, 4))
+	r.changed(s1, c1, 0, extents(32, 32, 96, 64, 22400, 32))
+	r.changed(s2, c1, 0, extents(32, 32))
 	r.is(r.Changed(r.ctx, s3.Handle, c1.Handle, 0, nil), fault.Invalid)
 	r.must(r.DeleteSnapshot(r.ctx, c1.Handle))
 	r.must(r.DeleteVolume(r.ctx, c.Handle))

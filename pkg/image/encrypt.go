@@ -89,20 +89,20 @@ func (m *Manager) encrypts(ctx context.Context) error {
 
 // slabSizeFor is sizeFor, and room for a header of so many bytes, which users'
 // sizes do not count: of an encrypted image the result is the slab's size.
-func slabSizeFor(asked, limit, source, granularity int64, fs string, maxSlab, header int64) (int64, error) {
+func slabSizeFor(asked, limit, source int64, of unit, fs string, maxSlab, header int64) (int64, error) {
 	if header == 0 {
-		return sizeFor(asked, limit, source, granularity, fs, maxSlab)
+		return sizeFor(asked, limit, source, of, fs, maxSlab)
 	}
 	if maxSlab > 0 && maxSlab <= header {
 		return 0, fault.New(fault.OutOfRange, "the storage allows slabs of %d bytes, and the header of an encrypted volume takes %d", maxSlab, header)
 	}
-	payload, err := sizeFor(asked, limit, source, cryptSector, fs, max(0, maxSlab-header))
+	payload, err := sizeFor(asked, limit, source, func(int64) int64 { return cryptSector }, fs, max(0, maxSlab-header))
 	if err != nil {
 		return 0, err
 	}
-	unit := granularity
+	unit := of(payload)
 	for unit%cryptSector != 0 {
-		unit += granularity
+		unit *= 2
 	}
 	if payload > math.MaxInt64-header-unit {
 		return 0, fault.New(fault.OutOfRange, "size %d is too large: at most %d is possible", payload, math.MaxInt64-header-unit)

@@ -27,7 +27,7 @@ func TestASlabHasRoomForTheHeader(t *testing.T) {
 		{name: "a storage of small slabs", asked: mib, max: 16 * mib, unit: 4096},
 		{name: "overflow", asked: 1<<63 - 5000, unit: 4096},
 	} {
-		got, err := slabSizeFor(c.asked, c.limit, c.source, c.unit, "", c.max, EncryptionHeader)
+		got, err := slabSizeFor(c.asked, c.limit, c.source, func(int64) int64 { return c.unit }, "", c.max, EncryptionHeader)
 		switch {
 		case c.want == 0 && !errors.Is(err, fault.OutOfRange):
 			t.Errorf("%s: %d %v", c.name, got, err)

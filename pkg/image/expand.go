@@ -50,7 +50,7 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if rec.layout() == LayoutDirectory {
 		maxSlab = 0
 	}
-	if size, err = slabSizeFor(size, limit, 0, d.desc.Granularity, rec.FS, maxSlab, rec.Crypt); err != nil {
+	if size, err = slabSizeFor(size, limit, 0, d.unit(rec.layout(), rec.Chunk), rec.FS, maxSlab, rec.Crypt); err != nil {
 		return Image{}, err
 	}
 	if _, _, err := d.allocated(ctx, rec, slab); err != nil { // a truncated slab is not grown over its hole

@@ -116,7 +116,7 @@ func (c *creation) fits(ctx context.Context, d *domain, srcSize int64) (int64, e
 	if c.layout == LayoutDirectory {
 		maxSlab = 0
 	}
-	size, err := slabSizeFor(c.r.Size, c.r.Limit, srcSize, d.desc.Granularity, c.fs, maxSlab, c.r.header())
+	size, err := slabSizeFor(c.r.Size, c.r.Limit, srcSize, d.unit(c.layout, 0), c.fs, maxSlab, c.r.header())
 	if err != nil {
 		return 0, err
 	}

@@ -11,6 +11,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
 // Smallest sizes in bytes. XFS: mkfs.xfs 6 refuses less than 300 MiB. btrfs:
@@ -136,8 +137,25 @@ func (d *domain) checkNative(want []engine.Capability) error {
 	return nil
 }
 
+// unit is what sizes of a layout are multiples of, given about which size.
+type unit func(size int64) int64
+
+// unit of the domain. chunk is that of the layer which is written, or 0.
+func (d *domain) unit(layout Layout, chunk int64) unit {
+	if layout == LayoutDirectory {
+		return func(int64) int64 { return d.desc.Granularity }
+	}
+	return func(size int64) int64 {
+		u := layer.Unit(size, d.desc.Granularity)
+		for chunk > 0 && u%chunk != 0 {
+			u *= 2
+		}
+		return u
+	}
+}
+
 // sizeFor finds the size of a new volume. source is the source's size or 0.
-func sizeFor(asked, limit, source, granularity int64, fs string, maxSlab int64) (int64, error) {
+func sizeFor(asked, limit, source int64, of unit, fs string, maxSlab int64) (int64, error) {
 	switch {
 	case asked < 0 || limit < 0:
 		return 0, fault.New(fault.OutOfRange, "size %d and limit %d must not be negative", asked, limit)
@@ -156,15 +174,16 @@ func sizeFor(asked, limit, source, granularity int64, fs string, maxSlab int64) 
 		}
 	}
 	size = max(size, minSizes[fs])
-	if size > math.MaxInt64-granularity {
-		return 0, fault.New(fault.OutOfRange, "size %d is too large: at most %d is possible", size, math.MaxInt64-granularity)
+	unit := of(size)
+	if size > math.MaxInt64-unit {
+		return 0, fault.New(fault.OutOfRange, "size %d is too large: at most %d is possible", size, math.MaxInt64-unit)
 	}
-	if rest := size % granularity; rest != 0 {
-		size += granularity - rest
+	if rest := size % unit; rest != 0 {
+		size += unit - rest
 	}
 	switch {
 	case limit > 0 && size > limit:
-		return 0, fault.New(fault.OutOfRange, "the limit %s (%d bytes) is too small: a volume with %s has at least %s (%d bytes) and is a multiple of %d", bytesText(limit), limit, cmp.Or(fs, "no filesystem"), bytesText(minSizes[fs]), minSizes[fs], granularity)
+		return 0, fault.New(fault.OutOfRange, "the limit %s (%d bytes) is too small: a volume with %s has at least %s (%d bytes) and is a multiple of %d", bytesText(limit), limit, cmp.Or(fs, "no filesystem"), bytesText(minSizes[fs]), minSizes[fs], unit)
 	case maxSlab > 0 && size > maxSlab:
 		return 0, fault.New(fault.OutOfRange, "size %d is above %d, the largest that the storage allows", size, maxSlab)
 	}

@@ -98,11 +98,45 @@ func olds(t *testing.T, m *memory) []int64 {
 
 func TestChunkSizeBoundsTheNumberOfExceptions(t *testing.T) {
 	for _, c := range []struct{ size, chunk int64 }{
-		{1, 4096}, {1 << 30, 4096}, {64 << 30, 4096}, {64<<30 + 1, 8192},
+		{32 << 10, 32 << 10}, {1 << 30, 32 << 10}, {512 << 30, 32 << 10}, {512<<30 + 64<<10, 64 << 10},
 		{1 << 40, 64 << 10}, {16 << 40, 1 << 20}, {1 << 50, 64 << 20},
 	} {
 		if got := ChunkSize(c.size); got != c.chunk {
 			t.Errorf("ChunkSize(%d) = %d, want %d", c.size, got, c.chunk)
+		}
+	}
+}
+
+// Behind the end of an image, in its last chunk, a store keeps what it held.
+func TestChunksDivideTheImage(t *testing.T) {
+	for _, c := range []struct{ size, chunk int64 }{
+		{1, 4096}, {4096, 4096}, {1<<30 + 4096, 4096}, {1<<30 + 3*8192, 8192}, {1<<40 + 32<<10, 32 << 10}, {1<<30 + 1, 4096},
+	} {
+		if got := ChunkSize(c.size); got != c.chunk {
+			t.Errorf("ChunkSize(%d) = %d, want %d", c.size, got, c.chunk)
+		}
+	}
+	for _, c := range []struct{ size, granularity, unit int64 }{
+		{1 << 30, 512, 32 << 10}, {1 << 30, 4096, 32 << 10}, {1 << 30, 4 << 20, 4 << 20}, {1 << 30, 384 << 10, 384 << 10},
+		{1 << 30, 3 * 4096, 3 * 32 << 10}, {16 << 40, 4096, 1 << 20}, {16 << 40, 384 << 10, 3 << 20},
+	} {
+		unit := Unit(c.size, c.granularity)
+		if unit != c.unit {
+			t.Errorf("Unit(%d, %d) = %d, want %d", c.size, c.granularity, unit, c.unit)
+		}
+		if size := (c.size + unit - 1) / unit * unit; ChunkSize(size) < ChunkSize(c.size) {
+			t.Errorf("a size of %d is rounded up to %d, with chunks of %d", c.size, size, ChunkSize(size))
+		}
+	}
+}
+
+// What is used ends behind the last exception's chunk, or behind the metadata that
+// the kernel zeroed when it filled the area before.
+func TestUsed(t *testing.T) {
+	const chunk = 32 << 10
+	for _, c := range []struct{ n, want int64 }{{0, 2}, {1, 3}, {12, 14}, {2047, 2049}, {2048, 2051}, {2049, 2052}, {4096, 4100}} {
+		if got := Used(c.n, chunk); got != c.want*chunk {
+			t.Errorf("%d exceptions: %d chunks, want %d", c.n, got/chunk, c.want)
 		}
 	}
 }

@@ -123,7 +123,8 @@ func (k *kernel) chainOf(img image.Image) []image.SlabRef {
 	return img.Chain
 }
 
-const kernelChunk = layer.MinChunk
+// kernelChunk is what all images of the stories have.
+const kernelChunk = 32 << 10
 
 // open slab with its exceptions.
 type openSlab struct {
@@ -240,11 +241,18 @@ func (k *kernel) put(img image.Image, at []int64, pieces [][]byte) error {
 	if img.Mutable && k.tops[img.Handle] == nil && len(img.Attachments) > 0 {
 		return errors.New("a write to what is attached and not staged")
 	}
+	b := make([]byte, kernelChunk)
 	for i, off := range at {
-		for done := 0; done < len(pieces[i]); done += kernelChunk {
-			if err := slabs[0].write((off+int64(done))/kernelChunk, pieces[i][done:done+kernelChunk]); err != nil {
+		for piece := pieces[i]; len(piece) > 0; {
+			chunk := off / kernelChunk
+			if err := readChunk(slabs, chunk, b); err != nil {
 				return err
 			}
+			n := copy(b[off%kernelChunk:], piece)
+			if err := slabs[0].write(chunk, b); err != nil {
+				return err
+			}
+			off, piece = off+int64(n), piece[n:]
 		}
 	}
 	return nil
