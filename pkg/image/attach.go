@@ -270,7 +270,7 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	if err := img.usable(); err != nil {
 		return Staging{}, err
 	}
-	if err := m.mayStage(ctx, img, node); err != nil {
+	if err := m.stopMergesBelow(ctx, img, node, true); err != nil {
 		return Staging{}, err
 	}
 	d.mu.Lock()

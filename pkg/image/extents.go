@@ -75,44 +75,12 @@ func (m *Manager) still(ctx context.Context, img *image) ([]*image, error) {
 	if err := img.usable(); err != nil {
 		return nil, err
 	}
-	d.mu.Lock()
-	line, err := d.line(img)
-	d.mu.Unlock()
-	for _, i := range line {
-		if err == nil {
-			err = m.endMerges(ctx, i)
-		}
-	}
-	if err != nil {
+	if err := m.stopMergesBelow(ctx, img, "", false); err != nil {
 		return nil, fault.In(err, "read the chain of", d.id, img.id)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	return d.line(img) // one that had ended made it shorter
-}
-
-// endMerges stops every merge of img's layer that may be running, also one that
-// an earlier manager began.
-func (m *Manager) endMerges(ctx context.Context, img *image) error {
-	d := img.d
-	d.mu.Lock()
-	below := d.images[img.below()]
-	due := below != nil && d.finished(below)
-	d.mu.Unlock()
-	if !due {
-		return nil
-	}
-	release, err := img.hold(ctx, nil) // nobody is in the middle of a step
-	if err != nil {
-		return err
-	}
-	defer release()
-	for _, n := range d.stagedOn(img) {
-		if err := m.stopMergeOn(ctx, img, n); err != nil {
-			return err
-		}
-	}
-	return m.stopMerge(ctx, img)
 }
 
 // size of the image's slab, in bytes.

@@ -291,9 +291,13 @@ func (m *Manager) attachForReading(ctx context.Context, img *image) (path string
 		}
 		return a.Path, func(ctx context.Context) error { return release(ctx, true) }, nil
 	}
-	_, agent, err := m.chainAgent(ctx, img)
+	node, agent, err := m.chainAgent(ctx, img)
 	if err != nil {
 		return "", nil, fault.New(fault.Unavailable, "image %s is a chain of layers, and no node can read it now: %w", img.id, err)
+	}
+	// Whoever copies a volume holds its lock; a snapshot counts its readers.
+	if err := m.stopMergesBelow(ctx, img, node, rec.Mutable); err != nil {
+		return "", nil, fault.In(err, "read the chain of", d.id, img.id)
 	}
 	st, err := d.staging(img, "")
 	if err != nil {

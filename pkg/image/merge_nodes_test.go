@@ -2,6 +2,7 @@ package image_test
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -19,6 +20,7 @@ type chainNodes struct {
 	asked   int               // times to merge
 	done    bool              // a merge is done when it is asked for
 	busy    bool              // in the middle of a staging
+	copies  []string          // for each copy asked for: the node, and that which merges then
 }
 
 func (c *chainNodes) Agent(node string) (image.Agent, error) {
@@ -79,6 +81,10 @@ func (n chainNode) StopMerge(_ context.Context, chain image.Staging) error {
 }
 
 func (n chainNode) AttachImage(context.Context, image.Staging) (string, error) {
+	on := n.on()
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.copies = append(n.copies, n.name+" "+on)
 	return "", fault.New(fault.Unsupported, "no copies here")
 }
 func (n chainNode) DetachImage(context.Context, image.Handle, string) error { return nil }
@@ -113,6 +119,45 @@ func TestAMergeBelowAVolumeThatMovesToAnotherNode(t *testing.T) {
 	stage("n2")
 	if on := nodes.on(); on == "n1" {
 		t.Fatalf("the volume is in use on n2, and %s merges a layer of its chain", on)
+	}
+}
+
+// TestAMergeBelowACopyOnAnotherNode: a node that makes a device of a chain reads each
+// layer's metadata once, so no other may take anything from them meanwhile.
+func TestAMergeBelowACopyOnAnotherNode(t *testing.T) {
+	for _, node := range []string{"n1", "n2"} { // copies are made on the first that can
+		r := newRig(t, "a", "b")
+		nodes := &chainNodes{merging: map[string]string{}}
+		r.mapAgents = nodes
+		r.start()
+		v := r.volume("v", "a", 1<<20)
+		a, err := r.Attach(r.ctx, v.Handle, node, mount, false)
+		r.must(err)
+		_, err = r.Stage(r.ctx, v.Handle, node, a.Generation)
+		r.must(err)
+		s1 := r.snapshot("s1", v)
+		s2 := r.snapshot("s2", v)
+		s3 := r.snapshot("s3", v)
+		r.must(r.DeleteSnapshot(r.ctx, s1.Handle))
+		r.must(r.Collect(r.ctx))
+		for end := time.Now().Add(time.Minute); nodes.on() == ""; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatal("no merge begins")
+			}
+		}
+		for _, s := range []image.Image{s2, s3} { // the merge is of the layer of s2
+			_, err = r.CreateVolume(r.ctx, image.CreateRequest{Name: "c-" + s.Name, Domains: []string{"b"}, Accesses: []image.Access{mount}, Source: s.Handle.String()})
+			r.is(err, fault.Unsupported)
+		}
+		want := []string{"n1 n1", "n1 n1"}
+		if node == "n2" {
+			want = []string{"n1 ", "n1 "}
+		}
+		nodes.mu.Lock()
+		if !slices.Equal(nodes.copies, want) {
+			t.Errorf("with the volume on %s the copies, and the merges meanwhile, were on %q, want %q", node, nodes.copies, want)
+		}
+		nodes.mu.Unlock()
 	}
 }
 
