@@ -43,7 +43,7 @@ sanity: ## run csi-sanity, nothing skipped, on every engine and file system; nee
 
 crash: ## run the crash matrix, the random model test and kill -9 under load; needs root
 	hack/deps test
-	QUARRY_CRASH=long QUARRY_KILLS=200 go test -p 1 -count=1 -timeout 60m ./test/crash/...
+	QUARRY_CRASH=long QUARRY_KILLS=200 go test -p 1 -count=1 -timeout 240m ./test/crash/...
 
 bench: build ## measure beside the bare system calls, cp, qemu-img and bare devices; needs root
 	hack/deps bench
@@ -52,7 +52,7 @@ bench: build ## measure beside the bare system calls, cp, qemu-img and bare devi
 
 lab: ## run the *_lab_test.go files in QEMU with a stock distribution kernel
 	hack/lab/selftest
-	hack/lab/gotest
+	hack/lab/gotest --time 36000
 
 e2e: ## (not yet) run the Kubernetes external storage suite on a real cluster
 	@echo 'make e2e: the cluster tests do not exist yet' >&2; exit 1
