@@ -34,7 +34,7 @@ type level struct {
 
 // attach builds what is missing of an image's devices. The domain is locked.
 func (d *Devices) attach(ctx context.Context, spec Spec) (Device, error) {
-	w, err := d.look(ctx)
+	w, err := d.fresh(ctx, spec)
 	if err != nil {
 		return Device{}, err
 	}
@@ -58,7 +58,7 @@ func domainsOf(specs ...Spec) []string {
 }
 
 func (d *Devices) attachTop(ctx context.Context, w *world, spec Spec) (host.Mapped, error) {
-	levels, err := d.build(ctx, w, spec.Slabs, !spec.ReadOnly)
+	levels, err := d.build(ctx, w, spec.Slabs)
 	if err != nil {
 		return host.Mapped{}, err
 	}
@@ -144,7 +144,9 @@ func (d *Devices) change(ctx context.Context, w *world, m host.Mapped, readOnly 
 		return m, err
 	}
 	if err := d.host().ResumeMapped(ctx, m); err != nil {
-		return m, errors.Join(err, d.host().ClearMapped(context.WithoutCancel(ctx), m))
+		// The kernel has suspended the device, and refused the table: the old one goes on.
+		after := context.WithoutCancel(ctx)
+		return m, errors.Join(err, d.host().ClearMapped(after, m), d.host().ResumeMapped(after, m))
 	}
 	return d.again(ctx, w, m)
 }
@@ -171,8 +173,8 @@ func (d *Devices) reload(ctx context.Context, w *world, m host.Mapped, ready fun
 }
 
 // build makes the devices of a chain that are missing, from the base up, and
-// returns them all, head first. Stores that a new device will write are settled.
-func (d *Devices) build(ctx context.Context, w *world, slabs []Slab, writable bool) ([]level, error) {
+// returns them all, head first.
+func (d *Devices) build(ctx context.Context, w *world, slabs []Slab) ([]level, error) {
 	levels := make([]level, len(slabs))
 	base := len(slabs) - 1
 	for i := base; i >= 0; i-- {
@@ -182,7 +184,7 @@ func (d *Devices) build(ctx context.Context, w *world, slabs []Slab, writable bo
 				err = d.replace(ctx, w, slabs[i], levels[i].num)
 			}
 		} else {
-			levels[i], err = d.layer(ctx, w, slabs[i], levels[i+1], writable && i == 0)
+			levels[i], err = d.layer(ctx, w, slabs[i], levels[i+1])
 		}
 		if err != nil {
 			return nil, fault.New(fault.KindOf(err), "slab %s: %w", slabs[i].ID, err)
@@ -244,7 +246,7 @@ func sizeOf(num string) (int64, error) {
 }
 
 // layer returns the device of a layer over its parent's.
-func (d *Devices) layer(ctx context.Context, w *world, slab Slab, parent level, settle bool) (level, error) {
+func (d *Devices) layer(ctx context.Context, w *world, slab Slab, parent level) (level, error) {
 	uuid := slabUUID(slab.ID)
 	var m host.Mapped
 	if old := w.uuid(uuid); old != nil && old.Targets != nil {
@@ -265,12 +267,15 @@ func (d *Devices) layer(ctx context.Context, w *world, slab Slab, parent level, 
 		if t.kind != "snapshot" && t.kind != "snapshot-merge" || t.store != num || t.chunk != slab.Chunk || w.content(t.under) != w.content(parent.num) {
 			return level{}, strange(m, "a layer with the store "+num+" over "+parent.num)
 		}
+		if len(w.above(number(m.Major, m.Minor))) == 0 && !slices.Contains(w.made, uuid) {
+			return level{}, fault.New(fault.InUse, "device %s (%s) is left from an earlier use of this layer, and may not know what was written on another node since; it could not be removed, because something has it open: find out what (\"lsof %s\", \"dmsetup ls --tree\") and end that", m.Name, m.Path, m.Path)
+		}
 		if err := d.usable(ctx, m); err != nil {
 			return level{}, err
 		}
 		return d.longEnough(ctx, w, m, slab.Size, level{store: path})
 	}
-	if err := d.checkStore(ctx, slab, path, settle); err != nil {
+	if err := d.checkStore(ctx, slab, path); err != nil {
 		return level{}, err
 	}
 	origin := parent.num
@@ -284,6 +289,7 @@ func (d *Devices) layer(ctx context.Context, w *world, slab Slab, parent level, 
 		return level{}, err
 	}
 	w.put(m)
+	w.made = append(w.made, uuid)
 	return level{num: number(m.Major, m.Minor), store: path}, d.usable(ctx, m)
 }
 
@@ -363,9 +369,10 @@ func (d *Devices) pad(ctx context.Context, w *world, layerUUID, under string, le
 }
 
 // checkStore looks at a store before the kernel does: that would take one
-// without a header for new, and show the parent's content.
-func (d *Devices) checkStore(ctx context.Context, slab Slab, path string, settle bool) error {
-	return d.withStore(ctx, path, settle, func(f *os.File) error {
+// without a header for new, and show the parent's content. It is settled, also where
+// nothing writes to it now: a merge into it would begin with what the kernel read.
+func (d *Devices) checkStore(ctx context.Context, slab Slab, path string) error {
+	return d.withStore(ctx, path, true, func(f *os.File) error {
 		h, err := layer.ReadHeader(f)
 		switch {
 		case err != nil:
@@ -374,8 +381,6 @@ func (d *Devices) checkStore(ctx context.Context, slab Slab, path string, settle
 			return fault.New(fault.Corrupt, "the store has chunks of %d bytes, and %d were recorded", h.Chunk, slab.Chunk)
 		case !h.Valid:
 			return fault.New(fault.Corrupt, "the kernel gave the store up after a failed write; what was acknowledged before is still there: \"kubectl quarry fix\" makes it readable again")
-		case !settle:
-			return nil
 		}
 		_, err = layer.Settle(f, layer.StoreSize(slab.Size, slab.Chunk))
 		return err

@@ -1,6 +1,7 @@
 package block
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -271,4 +272,89 @@ func TestWhatIsWrittenAfterAStoreWasReadIsLost(t *testing.T) {
 	r.write(dev.Path, c, 3, 2)
 	r.must(r.d.Host.ResumeMapped(bg, m))
 	r.verify("over another origin", dev.Path, size, lost)
+}
+
+// A table that the kernel takes and then refuses, when it has suspended the device
+// for it, leaves nothing suspended.
+func TestADeviceWhoseTableIsRefusedGoesOn(t *testing.T) {
+	r := newRig(t)
+	const size = 2 * mib
+	base := r.raw("base", size)
+	dev := r.attach(spec(base))
+	c := content{}
+	r.write(dev.Path, c, 1, every(0, 3, size)...)
+	w, err := r.d.look(bg)
+	r.must(err)
+	m, under := *dev.mapped, read(*dev.mapped).under
+	if _, err := r.d.change(bg, w, m, false, linear(under, 2*size)); err == nil {
+		t.Fatal("the kernel takes a table that goes over the end of what is below")
+	}
+	r.verify("after the refusal", dev.Path, size, c)
+	now, err := r.d.host().MappedByUUID(bg, m.UUID)
+	r.must(err)
+	if now == nil || now.Suspended || now.Inactive {
+		t.Errorf("it was left as %+v", now)
+	}
+}
+
+// A layer's device that is left because somebody looks at it is not used again: what
+// the kernel remembers of the store may be out of date.
+func TestADeviceThatIsLeftIsNotUsedAgain(t *testing.T) {
+	r := newRig(t)
+	const size = 2 * mib
+	slabs, states := r.stack(1, size)
+	dev := r.attach(spec(slabs...))
+	w, err := r.d.look(bg)
+	r.must(err)
+	left := w.uuid(slabUUID(slabs[0].ID))
+	f, err := os.Open(left.Path)
+	r.must(err)
+	defer f.Close()
+	r.detach(dev)
+	if !strings.Contains(r.left(), hash(slabs[0].ID, 20)) {
+		t.Fatal("the device that is open was removed: the test tries nothing")
+	}
+	if _, err := r.d.Attach(bg, spec(slabs...)); !errors.Is(err, fault.InUse) {
+		t.Errorf("attached over what was left: %v", err)
+	}
+	r.must(f.Close())
+	dev = r.attach(spec(slabs...))
+	r.verify("made anew", dev.Path, size, states[0])
+}
+
+// A power cut in the middle of a write to an area of metadata leaves exceptions behind
+// a gap. The kernel would keep them, and a merge into the layer close the gap.
+func TestEveryLayerIsSettledBeforeTheKernelReadsIt(t *testing.T) {
+	for name, attach := range map[string]func(*rig, []Slab) Device{
+		"in use": func(r *rig, slabs []Slab) Device { return r.attach(spec(slabs...)) },
+		"read":   func(r *rig, slabs []Slab) Device { return r.reader("copy", slabs...) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			const size = 2 * mib
+			slabs, states := r.stack(2, size)
+			r.detach(r.attach(spec(slabs...)))
+			var offsets []int64
+			for _, s := range slabs[:2] {
+				f, err := os.OpenFile(s.Path, os.O_RDWR, 0)
+				r.must(err)
+				at := s.Chunk + (r.stored(s)+3)*16
+				_, err = f.WriteAt([]byte{1, 0, 0, 0, 0, 0, 0, 0, 9, 0, 0, 0, 0, 0, 0, 0}, at)
+				r.must(errors.Join(err, f.Sync(), f.Close()))
+				offsets = append(offsets, at)
+			}
+			dev := attach(r, slabs)
+			r.verify("the image", dev.Path, size, states[0])
+			for i, at := range offsets {
+				f, err := direct(slabs[i].Path, os.O_RDONLY)
+				r.must(err)
+				b := aligned(unit)
+				_, err = f.ReadAt(b, at/unit*unit)
+				r.must(errors.Join(err, f.Close()))
+				if !bytes.Equal(b[at%unit:][:16], make([]byte, 16)) {
+					t.Errorf("layer %d holds an exception behind a gap", i)
+				}
+			}
+		})
+	}
 }

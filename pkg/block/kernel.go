@@ -50,6 +50,21 @@ type world struct {
 	// dumb is fault.Unavailable when some loop device does not answer. It is not
 	// seen, and so not touched.
 	dumb error
+	// made are the UUIDs of the layers' devices that were made since.
+	made []string
+}
+
+// fresh is look, when what an earlier use of some domains left behind has gone: a
+// layer's device knows of its store what was there when it was made. They are locked.
+func (d *Devices) fresh(ctx context.Context, specs ...Spec) (*world, error) {
+	w, err := d.look(ctx)
+	if err != nil || !w.idle(domainsOf(specs...)) {
+		return w, err
+	}
+	if err := d.collect(ctx, domainsOf(specs...)); err != nil {
+		return nil, err
+	}
+	return d.look(ctx)
 }
 
 // look asks the kernel. Without device-mapper there are only tops to see.

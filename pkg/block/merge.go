@@ -32,12 +32,13 @@ func (d *Devices) Merge(ctx context.Context, chain []Slab) (Merge, error) {
 		return Merge{}, fault.New(fault.Internal, "a merge in a chain of %d slabs", len(chain))
 	}
 	child, parent := chain[0], chain[1]
-	unlock, err := d.lock(ctx, Spec{Slabs: chain})
+	spec := Spec{Slabs: chain}
+	unlock, err := d.lock(ctx, spec)
 	if err != nil {
 		return Merge{}, err
 	}
 	defer unlock()
-	w, err := d.look(ctx)
+	w, err := d.fresh(ctx, spec)
 	if err != nil {
 		return Merge{}, err
 	}
@@ -113,6 +114,10 @@ func (d *Devices) startMerge(ctx context.Context, w *world, m host.Mapped, under
 			return m, err
 		}
 		if want := linear(read(now).under, now.Size); !slices.Equal(now.Targets, want) {
+			// It may stand on the device of a layer that was merged into the parent before.
+			if err := d.growUnder(ctx, w, read(now).under, now.Size); err != nil {
+				return m, err
+			}
 			if _, err := d.change(ctx, w, now, false, want); err != nil {
 				return m, err
 			}
@@ -215,6 +220,18 @@ func (d *Devices) stopMerge(ctx context.Context, w *world, m host.Mapped) (host.
 	if err := failed(); err != nil {
 		return m, err
 	}
+	// What was written during the merge to chunks that the layer does not hold went to
+	// the parent, and so did flushes. Those of a layer do not.
 	t := read(m)
-	return d.reload(ctx, w, m, failed, layered("snapshot", t.under, t.store, t.chunk, t.length))
+	parent := []string{w.path(t.under)}
+	if err := d.flush(ctx, parent); err != nil { // most of it now, while nobody waits
+		return m, err
+	}
+	ready := func() error {
+		if err := failed(); err != nil {
+			return err
+		}
+		return d.flush(ctx, parent)
+	}
+	return d.reload(ctx, w, m, ready, layered("snapshot", t.under, t.store, t.chunk, t.length))
 }

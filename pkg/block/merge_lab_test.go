@@ -14,7 +14,7 @@ import (
 // stored counts what a layer's slab holds.
 func (r *rig) stored(s Slab) int64 {
 	r.Helper()
-	f, err := os.Open(s.Path)
+	f, err := direct(s.Path, os.O_RDONLY)
 	r.must(err)
 	defer f.Close()
 	n := int64(0)
@@ -256,4 +256,27 @@ func TestGrowthWhileInUse(t *testing.T) {
 			r.verify("the base alone", dev.Path, largest, c)
 		})
 	}
+}
+
+// A layer that grew stands on a pad, and that on the device of a layer, which was
+// merged since and stayed as small as it was.
+func TestAGrownLayerIsMergedOverOneThatWasMerged(t *testing.T) {
+	r := newRig(t)
+	const size, larger = 2 * mib, 6 * mib
+	slabs, states := r.stack(2, size)
+	c := states[0]
+	dev := r.attach(spec(slabs...))
+	r.enlarge(&slabs[0], larger)
+	_, err := r.d.Grow(bg, dev, larger)
+	r.must(err)
+	r.write(dev.Path, c, 7, every(300, 7, larger)...)
+	r.merge(slabs[1:]...)
+	slabs = []Slab{slabs[0], slabs[2]}
+	r.change(slabs...)
+	r.verify("with the middle merged", dev.Path, larger, c)
+	r.enlarge(&slabs[1], larger)
+	r.merge(slabs...)
+	r.verify("merged", dev.Path, larger, c)
+	r.change(slabs[1])
+	r.verify("the base alone", dev.Path, larger, c)
 }

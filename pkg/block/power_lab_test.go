@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/quarry-csi/quarry/pkg/layer"
 	"github.com/quarry-csi/quarry/test/lab"
@@ -93,77 +95,119 @@ func (l *logged) after(r *rig, file string) {
 	r.Fatalf("the log of %s has no power cut", l.name)
 }
 
+// powered is an image of a layer over a raw slab, of both of which is known what was
+// durable when the power went.
+type powered struct {
+	*rig
+	size    int64
+	logs    []*logged
+	slabs   []Slab // the layer first
+	dev     Device
+	content content
+}
+
+// powered attaches the raw slab alone.
+func (r *rig) powered(size int64) *powered {
+	r.Helper()
+	chunk := layer.ChunkSize(size)
+	p := &powered{rig: r, size: size, content: content{}}
+	for _, s := range []Slab{{ID: "d/logged-over", Chunk: chunk}, {ID: "d/logged-base"}} {
+		name, room := strings.TrimPrefix(s.ID, "d/"), size
+		if s.Chunk > 0 {
+			room = layer.StoreSize(size, chunk)
+		}
+		p.logs = append(p.logs, r.logged(name, room))
+		s.Path, s.Size = "/dev/mapper/"+name, size
+		p.slabs = append(p.slabs, s)
+	}
+	f, err := os.OpenFile(p.slabs[0].Path, os.O_RDWR, 0)
+	r.must(err)
+	r.must(layer.Format(f, chunk))
+	r.must(f.Close())
+	p.dev = r.attach(spec(p.slabs[1]))
+	return p
+}
+
+// unflushed writes to the image, and no flush follows.
+func (p *powered) unflushed(value uint64, units ...int64) {
+	p.Helper()
+	f, err := direct(p.dev.Path, os.O_RDWR)
+	p.must(err)
+	defer f.Close()
+	for _, u := range units {
+		p.content[u] = value
+		_, err := f.WriteAt(pattern(aligned(unit), u, value), u*unit)
+		p.must(err)
+	}
+}
+
+// cut takes the power away and compares what is there when it is back with the
+// content; lost are the units that were never flushed, and may have either.
+func (p *powered) cut(lost ...int64) {
+	p.Helper()
+	for _, l := range p.logs {
+		l.cut(p)
+	}
+	want := p.content.copy()
+	p.unflushed(99, lost...)
+	p.detach(p.dev)
+	p.must(p.d.Collect(bg, "d"))
+	for i, l := range p.logs {
+		p.slabs[i].Path = p.dir + "/" + strings.TrimPrefix(p.slabs[i].ID, "d/")
+		l.after(p.rig, p.slabs[i].Path)
+	}
+	again := p.attach(spec(p.slabs...))
+	f, err := direct(again.Path, os.O_RDONLY)
+	p.must(err)
+	defer f.Close()
+	got, expected := aligned(unit), aligned(unit)
+	for u := range p.size / unit {
+		_, err := f.ReadAt(got, u*unit)
+		p.must(err)
+		if !slices.Contains(lost, u) && !bytes.Equal(got, pattern(expected, u, want[u])) {
+			p.Fatalf("after the power cut unit %d has number %d, want %d", u, binary.LittleEndian.Uint64(got[8:]), want[u])
+		}
+	}
+}
+
 // A raw volume is written without a flush, gets a layer, and is written and flushed
 // then: that flush goes to the layer's store, and all that was written before it must be
 // there after a power cut, in the layer and below it.
 func TestAPowerCutRightAfterACut(t *testing.T) {
-	r := newRig(t)
-	const size = 2 * mib
-	chunk := layer.ChunkSize(size)
-	slab := func(name string, size int64, chunk int64) (*logged, Slab) {
-		room := size
-		if chunk > 0 {
-			room = layer.StoreSize(size, chunk)
-		}
-		l := r.logged(name, room)
-		return l, Slab{ID: "d/" + name, Path: "/dev/mapper/" + name, Size: size, Chunk: chunk}
-	}
-	baseLog, base := slab("logged-base", size, 0)
-	overLog, over := slab("logged-over", size, chunk)
-	f, err := os.OpenFile(over.Path, os.O_RDWR, 0)
-	r.must(err)
-	r.must(layer.Format(f, chunk))
-	r.must(f.Close())
-
-	dev := r.attach(spec(base))
-	c := content{}
-	unflushed := func(value uint64, units ...int64) {
-		f, err := direct(dev.Path, os.O_RDWR)
-		r.must(err)
-		defer f.Close()
-		for _, u := range units {
-			c[u] = value
-			_, err := f.WriteAt(pattern(aligned(unit), u, value), u*unit)
-			r.must(err)
-		}
-	}
-	unflushed(1, every(0, 3, size)...)
-	r.change(over, base)
-	unflushed(2, every(0, 5, size)...)
-	r.write(dev.Path, c, 3, 7) // with the flush
-	baseLog.cut(t)
-	overLog.cut(t)
-	unflushed(4, 1, 2, 11)
-	delete(c, 1)
-	delete(c, 2)
-	delete(c, 11)
-
-	r.detach(dev)
-	r.must(r.d.Collect(bg, "d"))
-	for _, s := range []struct {
-		l    *logged
-		slab *Slab
-	}{{baseLog, &base}, {overLog, &over}} {
-		s.slab.Path = r.dir + "/" + strings.TrimPrefix(s.slab.ID, "d/")
-		s.l.after(r, s.slab.Path)
-	}
-	again := r.attach(spec(over, base))
-	// What was never flushed may be there or not.
-	g, err := direct(again.Path, os.O_RDONLY)
-	r.must(err)
-	got, want := aligned(unit), aligned(unit)
-	for u := range int64(size / unit) {
-		_, err := g.ReadAt(got, u*unit)
-		r.must(err)
-		if u != 1 && u != 2 && u != 11 && !bytes.Equal(got, pattern(want, u, c[u])) {
-			t.Fatalf("after the power cut unit %d has number %d, want %d", u, binary.LittleEndian.Uint64(got[8:]), c[u])
-		}
-	}
-	r.must(g.Close())
-	snap := r.reader("snapshot", base)
+	p := newRig(t).powered(2 * mib)
+	p.unflushed(1, every(0, 3, p.size)...)
+	p.change(p.slabs...)
+	p.unflushed(2, every(0, 5, p.size)...)
+	p.write(p.dev.Path, p.content, 3, 7) // with the flush
+	p.cut(1, 2, 11)
+	snap := p.reader("snapshot", p.slabs[1])
 	before := content{}
-	for _, u := range every(0, 3, size) {
+	for _, u := range every(0, 3, p.size) {
 		before[u] = 1
 	}
-	r.verify("the snapshot", snap.Path, size, before)
+	p.verify("the snapshot", snap.Path, p.size, before)
+}
+
+// While the layer is merged, what is written to other chunks goes to the slab below,
+// also when all is merged, and the kernel has nothing to flush any more. The flush comes
+// when the merge was stopped, and goes to the layer's store alone.
+func TestAPowerCutAfterAMergeWasStopped(t *testing.T) {
+	p := newRig(t).powered(4 * mib)
+	p.change(p.slabs...)
+	half := p.size / unit / 2
+	p.write(p.dev.Path, p.content, 1, every(0, 1, p.size/2)...)
+	m, err := p.d.Merge(bg, p.slabs)
+	p.must(err)
+	if m.Done {
+		t.Fatal("merged too soon for this test")
+	}
+	for end := time.Now().Add(2 * time.Minute); p.stored(p.slabs[0]) > 0; time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("the kernel does not merge")
+		}
+	}
+	p.unflushed(2, every(half, 3, p.size)...)
+	p.must(p.d.StopMerge(bg, p.slabs[0].ID))
+	p.write(p.dev.Path, p.content, 3, 7) // with the flush
+	p.cut(1, 2, half)
 }

@@ -36,7 +36,7 @@ func (d *Devices) Switch(ctx context.Context, specs []Spec) error {
 		return err
 	}
 	defer unlock()
-	w, err := d.look(ctx)
+	w, err := d.fresh(ctx, specs...)
 	if err != nil {
 		return err
 	}
@@ -76,8 +76,7 @@ func (d *Devices) steps(ctx context.Context, w *world, s Spec) (_ []step, here b
 	if len(tops) == 0 {
 		return nil, false, w.noLoops(s)
 	}
-	writable := slices.ContainsFunc(tops, func(m host.Mapped) bool { return !m.ReadOnly })
-	levels, err := d.build(ctx, w, s.Slabs, writable)
+	levels, err := d.build(ctx, w, s.Slabs)
 	if err != nil {
 		return nil, true, err
 	}

@@ -120,7 +120,9 @@ func (l *Local) GrowLUKS(ctx context.Context, m Mapped) (Mapped, error) {
 			return m, err
 		}
 		if err := l.ResumeMapped(ctx, m); err != nil {
-			return m, errors.Join(err, l.ClearMapped(context.WithoutCancel(ctx), m))
+			// The kernel has suspended the device, and refused the table: the old one goes on.
+			after := context.WithoutCancel(ctx)
+			return m, errors.Join(err, l.ClearMapped(after, m), l.ResumeMapped(after, m))
 		}
 	}
 	grown, err := l.MappedByUUID(ctx, m.UUID)

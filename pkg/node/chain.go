@@ -192,6 +192,9 @@ func (n *Node) Merge(ctx context.Context, chain image.Staging) (image.Merging, e
 	defer release()
 	m, err := n.devices.Merge(ctx, slabs)
 	if errors.Is(err, fault.NotFound) { // the image is not in use here
+		if err := n.endReads(ctx, chain); err != nil {
+			return image.Merging{}, fault.In(err, "merge", h.Domain, h.Image)
+		}
 		spec := block.Spec{Owner: mergeOwner(h), Use: block.Private, Slabs: slabs, Size: chain.Size, ReadOnly: true}
 		if _, err = n.devices.Attach(ctx, spec); err == nil {
 			m, err = n.devices.Merge(ctx, slabs)
@@ -238,6 +241,9 @@ func (n *Node) StopMerge(ctx context.Context, chain image.Staging) error {
 func (n *Node) AttachImage(ctx context.Context, chain image.Staging) (string, error) {
 	ctx = context.WithoutCancel(ctx)
 	h := chain.Handle
+	if err := n.endReads(ctx, chain); err != nil {
+		return "", fault.In(err, "attach", h.Domain, h.Image)
+	}
 	slabs, release, err := n.attachSlabs(ctx, chain, false)
 	if err != nil {
 		return "", fault.In(err, "attach", h.Domain, h.Image)
@@ -252,15 +258,18 @@ func (n *Node) AttachImage(ctx context.Context, chain image.Staging) (string, er
 		return "", fault.In(err, "attach", h.Domain, h.Image)
 	}
 	n.mu.Lock()
-	n.reading[dev.Path] = reading{dev, chain.Slabs}
+	n.reading[dev.Path] = &reading{handle: h, dev: dev, slabs: chain.Slabs}
 	n.mu.Unlock()
 	return dev.Path, nil
 }
 
 // reading is a private device that a copy uses.
 type reading struct {
-	dev   block.Device
-	slabs []image.SlabRef
+	handle image.Handle
+	dev    block.Device
+	slabs  []image.SlabRef
+	// ended: the copy has ended, and the device could not be taken down.
+	ended bool
 }
 
 // DetachImage implements image.ChainAgent.
@@ -272,14 +281,47 @@ func (n *Node) DetachImage(ctx context.Context, h image.Handle, path string) err
 	if !ok {
 		return nil
 	}
+	return fault.In(n.endRead(ctx, r), "detach", h.Domain, h.Image)
+}
+
+func (n *Node) endRead(ctx context.Context, r *reading) error {
 	if err := n.devices.Detach(ctx, r.dev); err != nil {
-		return fault.In(err, "detach", h.Domain, h.Image)
+		n.mu.Lock()
+		defer n.mu.Unlock()
+		r.ended = true
+		return err
 	}
 	n.mu.Lock()
-	delete(n.reading, path)
+	if n.reading[r.dev.Path] == r {
+		delete(n.reading, r.dev.Path)
+	}
 	n.mu.Unlock()
 	for _, s := range r.slabs {
-		n.letGo(ctx, h.Domain, s.ID)
+		n.letGo(ctx, r.handle.Domain, s.ID)
+	}
+	return nil
+}
+
+// endReads takes down the devices of copies that have ended and held on to theirs.
+// One that stays keeps the layers below as they were then: no new device may be put
+// over those, since other nodes may have written to them. fault.InUse: such a one.
+func (n *Node) endReads(ctx context.Context, chain image.Staging) error {
+	n.mu.Lock()
+	var due []*reading
+	for _, r := range n.reading {
+		if r.ended {
+			due = append(due, r)
+		}
+	}
+	n.mu.Unlock()
+	for _, r := range due {
+		err := n.endRead(ctx, r)
+		shared := r.handle.Domain == chain.Handle.Domain && slices.ContainsFunc(r.slabs, func(s image.SlabRef) bool {
+			return slices.ContainsFunc(chain.Slabs, func(o image.SlabRef) bool { return o.ID == s.ID })
+		})
+		if err != nil && shared && len(chain.Slabs) > 1 {
+			return fault.New(fault.InUse, "a copy of %s has ended on this node, and its device %s, over slabs of the same chain, cannot be taken down: %w", r.handle, r.dev.Path, err)
+		}
 	}
 	return nil
 }

@@ -61,7 +61,7 @@ type Node struct {
 	slabs  map[image.Handle][]image.SlabRef // what this process attached; a hint only
 	looks  map[string]*look                 // at slabs that no image uses; see take
 	// reading are the private devices of copies, by path; reads counts them.
-	reading map[string]reading
+	reading map[string]*reading
 	reads   int
 	epochs  map[string]int64 // domain: the highest that a manager has told
 }
@@ -79,7 +79,7 @@ func New(cfg Config) *Node {
 		busy:   map[image.Handle]chan struct{}{},
 		frozen: map[image.Handle]*host.Freeze{},
 		looks:  map[string]*look{},
-		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]reading{}, epochs: map[string]int64{},
+		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]*reading{}, epochs: map[string]int64{},
 	}
 }
 

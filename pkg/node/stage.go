@@ -110,6 +110,9 @@ func (n *Node) built(ctx context.Context, h image.Handle, told int64) {
 
 // assemble attaches the slabs and puts together what is used of them.
 func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, readOnly bool, group int) error {
+	if err := n.endReads(ctx, st); err != nil {
+		return err
+	}
 	slabs, release, err := n.attachSlabs(ctx, st, readOnly)
 	if err != nil {
 		return err
