@@ -72,7 +72,10 @@ func (m *Manager) attachAs(ctx context.Context, img *image, want Attachment, fil
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if err != nil {
-		if uncertain(err) {
+		if uncertain(err) && want.Mode == ModeMerging { // stopMerge ends it
+			want.Staged = true
+			img.attached[node] = &attachment{Attachment: want, tag: tag.Name}
+		} else if uncertain(err) {
 			if img.unsure == nil {
 				img.unsure = map[string][]string{}
 			}

@@ -112,6 +112,7 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 	inFlight, dead, pending := img.op != nil, d.finished(img), img.pending != nil
 	leftOver := !dead && (img.rev == 0 || !d.visible(img) && !img.rec.Strong)
 	goesOn := img.rec.Progress > 0 || img.layered() && img.rec.Op == opSnapshot && len(d.children[img.id]) > 0
+	member := dead && !img.rec.dead() // of a group that was deleted, or never sealed
 	waits := leftOver && goesOn && !img.found.IsZero() && d.m.cfg.Now().Sub(img.found) < resumeGrace
 	d.mu.Unlock()
 	switch {
@@ -129,6 +130,11 @@ func (d *domain) collectImage(ctx context.Context, img *image) error {
 				klog.FromContext(ctx).V(2).Info("Sweeping waits", "image", img.id, "why", err)
 				return nil
 			}
+			return err
+		}
+	}
+	if member {
+		if settled, err := d.settleSource(ctx, img); err != nil || !settled {
 			return err
 		}
 	}
@@ -486,4 +492,24 @@ func (d *domain) strayTag(name string) string {
 		return "it is an attachment that has ended, was superseded or was never confirmed"
 	}
 	return ""
+}
+
+// settleSource finds out whether the volume of a member of a group got its layer
+// over the member, where that is uncertain. settled is false if somebody works on
+// the volume.
+func (d *domain) settleSource(ctx context.Context, member *image) (settled bool, err error) {
+	d.mu.Lock()
+	var src *image
+	if h, err := ParseHandle(member.rec.Source); err == nil {
+		src = d.images[h.Image]
+	}
+	d.mu.Unlock()
+	if src == nil {
+		return true, nil
+	}
+	if !src.lock.tryAcquire() {
+		return false, nil
+	}
+	defer src.lock.release()
+	return true, d.resolve(ctx, src)
 }

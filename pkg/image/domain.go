@@ -200,14 +200,22 @@ func (d *domain) create(ctx context.Context, img *image, p *pendingTag) error {
 	if err := d.createTag(ctx, p.tag); err != nil {
 		d.mu.Lock()
 		defer d.mu.Unlock()
-		if img.pending = nil; d.underWay.has(p.rev) { // else it certainly was not created
+		if img.pending == p {
+			img.pending = nil
+		}
+		if img.pending == nil && p.rev > img.rev && d.underWay.has(p.rev) { // else it certainly was not created
 			img.pending = p
 		}
 		return err
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	img.pending = nil
+	if img.pending == p {
+		img.pending = nil
+	}
+	if p.rev <= img.rev { // somebody else found it out at the same time
+		return nil
+	}
 	d.apply(img, p.rec, p.tag.Slab, p.rev)
 	return nil
 }

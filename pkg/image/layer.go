@@ -200,11 +200,14 @@ func (m *Manager) finishCut(ctx context.Context, op *operation, img *image) (don
 	if err != nil {
 		return false, err
 	}
-	release, err := src.hold(ctx, op)
-	if err != nil {
+	// The caller holds the snapshot, and who holds the volume may wait for that.
+	if !src.lock.tryAcquire() {
+		return false, fault.New(fault.Pending, "snapshot %s is half made, and its volume %s is being worked on: ask again", img.id, src.id)
+	}
+	defer src.lock.release()
+	if err := d.resolve(ctx, src); err != nil {
 		return false, err
 	}
-	defer release()
 	if below := src.parent(); below != img.id || src.usable() != nil {
 		return false, nil
 	}

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"slices"
@@ -49,6 +50,8 @@ func (d *domain) mergeable(img *image) error {
 	switch {
 	case below == nil || img.rec.Chunk == 0:
 		return fault.New(fault.NotFound, "nothing lies below it")
+	case img.rec.Op == opFlatten && !img.rec.dead():
+		return fault.New(fault.Pending, "not every node knows that it was flattened")
 	case img.rec.Parent == "" || img.slabGone || img.broken != nil:
 		return fault.New(fault.Pending, "it is not complete")
 	case !d.finished(below):
@@ -70,8 +73,8 @@ func (d *domain) mergeable(img *image) error {
 	return nil
 }
 
-// mergeSome starts the merge that is due, one at a time. The lowest in a chain goes
-// first: what is merged into a raw slab is not moved again.
+// mergeSome starts the merge that is due, one at a time. What was not tried goes first,
+// of that the lowest in a chain: what is merged into a raw slab is not moved again.
 func (d *domain) mergeSome(ctx context.Context) {
 	d.mu.Lock()
 	var next *image
@@ -85,7 +88,9 @@ func (d *domain) mergeSome(ctx context.Context) {
 			continue
 		}
 		line, _ := d.line(img) // of a broken one, as far as it goes
-		if n := len(line); next == nil || n < lowest || n == lowest && img.id < next.id {
+		n := len(line)
+		// One that cannot begin keeps no other back.
+		if next == nil || cmp.Or(img.mergeTried.Compare(next.mergeTried), cmp.Compare(n, lowest), cmp.Compare(img.id, next.id)) < 0 {
 			next, lowest = img, n
 		}
 	}
@@ -101,8 +106,12 @@ func (d *domain) mergeSome(ctx context.Context) {
 	})
 }
 
-// mergeAgain is the least time between two attempts to merge an image.
-const mergeAgain = 10 * time.Second
+// mergeAgain is the least time between two attempts to merge an image; each waits for its
+// moment so many times.
+const mergeAgain, mergeTries = 10 * time.Second, 10
+
+// errUsed: just now somebody works on a volume that stands on what is to be merged.
+var errUsed = errors.New("a volume above it is being worked on")
 
 // background runs fn as an operation that nobody waits for. One that runs
 // already under the key goes on alone.
@@ -123,15 +132,20 @@ func (m *Manager) background(ctx context.Context, key, verb, name string, fn fun
 func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 	op.at(d.id, img.id)
 	op.took(how{reason: "merge"})
-	first, pause, last := true, mergeFirstLook, mergeLastLook
+	first, tries, pause, last := true, 0, mergeFirstLook, mergeLastLook
 	if d.cfg.BackgroundRate > 0 {
 		last = mergeRateLook
 	}
 	if d.m.cfg.LookEvery > 0 {
 		pause, last = d.m.cfg.LookEvery, d.m.cfg.LookEvery
 	}
-	for ; ; first, pause = false, min(2*pause, last) {
+	for ; ; pause = min(2*pause, last) {
 		done, err := d.mergeStep(ctx, op, img, first)
+		if tries++; first && errors.Is(err, errUsed) && tries < mergeTries {
+			err = nil
+		} else {
+			first = false
+		}
 		if done || err != nil {
 			if err != nil {
 				d.dropMerge(ctx, img)
@@ -256,34 +270,51 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 // chains while these change, and looks whether a node is still building what it was
 // told before. held is false where either has to wait. The caller holds img's lock.
 func (d *domain) holdAbove(ctx context.Context, img *image) (release func(), held bool, err error) {
-	var locked []*image
-	release = func() {
-		for _, i := range locked {
-			i.lock.release()
-		}
+	unlock, locked := d.lockAbove(img)
+	if !locked {
+		return nil, false, nil
 	}
 	defer func() {
 		if !held {
-			release()
+			unlock()
 		}
 	}()
 	d.mu.Lock()
 	family := d.family(img)
 	d.mu.Unlock()
 	for _, i := range family {
-		if i != img {
-			if !i.lock.tryAcquire() {
-				return release, false, nil
-			}
-			locked = append(locked, i)
-		}
 		for _, n := range i.building() {
 			if built, err := d.built(ctx, i, n); err != nil || !built {
-				return release, false, err
+				return nil, false, err
 			}
 		}
 	}
-	return release, true, nil
+	return unlock, true, nil
+}
+
+// lockAbove locks all images that stand on img, but img, which the caller holds. It
+// waits for nobody: locked is false if one of them is being worked on.
+func (d *domain) lockAbove(img *image) (release func(), locked bool) {
+	var held []*image
+	release = func() {
+		for _, i := range held {
+			i.lock.release()
+		}
+	}
+	d.mu.Lock()
+	family := d.family(img)
+	d.mu.Unlock()
+	for _, i := range family {
+		if i == img {
+			continue
+		}
+		if !i.lock.tryAcquire() {
+			release()
+			return nil, false
+		}
+		held = append(held, i)
+	}
+	return release, true
 }
 
 // building are the nodes that may not have built the chain that they were told last.
@@ -360,14 +391,28 @@ func (d *domain) beginMerge(ctx context.Context, op *operation, img, below *imag
 	if err := d.m.switchChains(ctx, img); err != nil {
 		return nil, err
 	}
-	if len(nodes) == 0 {
+	if len(img.maybeNodes()) == 0 {
 		if _, err := d.m.attachAs(ctx, img, Attachment{Node: run.node, Mode: ModeMerging, Staged: true}, ""); err != nil {
 			return nil, err
 		}
 	}
+	// Whoever is about to use the chain elsewhere has looked for merges, or is going to.
+	release, locked := d.lockAbove(img)
+	if !locked {
+		return nil, fault.Wrap(fault.Pending, errUsed)
+	}
+	defer release()
+	for _, n := range d.stagedOn(img) {
+		if n != run.node {
+			return nil, fault.New(fault.Pending, "the layer of %s came into use on node %s", img.id, n)
+		}
+	}
 	d.mu.Lock()
+	defer d.mu.Unlock()
+	if err := d.mergeable(img); err != nil { // a copy of it, or a flattening, has begun meanwhile
+		return nil, err
+	}
 	img.merging = run
-	d.mu.Unlock()
 	op.stepf("merging slab %s into %s", img.slab, below.slab)
 	return run, nil
 }
@@ -426,6 +471,12 @@ func (d *domain) endMerge(ctx context.Context, op *operation, img, below *image,
 	rec, layerSlab := img.snapshot()
 	old, slab := below.snapshot()
 	rec.Parent, rec.Chunk = old.Parent, old.Chunk
+	if !rec.Mutable {
+		rec.Alloc = 0
+		if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
+			rec.Alloc = max(n, 1)
+		}
+	}
 	if err := d.commit(ctx, img, rec, slab); err != nil {
 		return err
 	}

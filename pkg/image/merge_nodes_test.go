@@ -151,7 +151,7 @@ func TestAMergeBelowACopyOnAnotherNode(t *testing.T) {
 		}
 		want := []string{"n1 n1", "n1 n1"}
 		if node == "n2" {
-			want = []string{"n1 ", "n1 "}
+			want = []string{"n2 n2", "n1 "} // it is held where it is merged
 		}
 		nodes.mu.Lock()
 		if !slices.Equal(nodes.copies, want) {
