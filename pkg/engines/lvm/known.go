@@ -4,6 +4,7 @@ import (
 	"context"
 	"sync"
 
+	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host/lvm"
 )
 
@@ -12,8 +13,9 @@ import (
 // direct reads find out: a listing then starts no program. The Image Manager
 // lists after each tag that it makes.
 type knowledge struct {
-	// changing is held by those whose change can be followed: one commit each.
-	changing sync.Mutex
+	// changing has room for one whose change can be followed: one commit each. The
+	// others wait.
+	changing chan struct{}
 
 	mu      sync.Mutex
 	commit  lvm.Commit // the zero one: nothing is known
@@ -46,15 +48,15 @@ func (e *lvmEngine) ours(ctx context.Context, keep func(name string) bool) ([]lv
 			return all, nil
 		}
 	}
-	all, err := e.list(ctx, lvm.Names([]string{marker}, []string{tagSort + ".", tagSort + "-", slabs + ".", slabs + "-", partial + ".", partial + "-"}), false)
+	l, err := e.list(ctx, lvm.Names([]string{marker}, []string{tagSort + ".", tagSort + "-", slabs + ".", slabs + "-", partial + ".", partial + "-"}), false)
 	if err != nil {
 		return nil, err
 	}
-	if after, still := e.now(ctx); ok && still && before == after && !e.grown.Load() {
-		e.known.learn(after, all)
+	if after, still := e.now(ctx); ok && still && before == after && l.Seqno == after.Seqno && !e.grown.Load() {
+		e.known.learn(after, l.Volumes)
 	}
-	out := all[:0:0]
-	for _, v := range all {
+	var out []lvm.Volume
+	for _, v := range l.Volumes {
 		if keep(v.Name) {
 			out = append(out, v)
 		}
@@ -90,25 +92,37 @@ func (k *knowledge) learn(c lvm.Commit, all []lvm.Volume) {
 }
 
 // follow makes a change, and what is known of it known: add is a volume that it
-// makes, remove are those that it removes. If the group then is one commit
-// further than it was known to be, that was the change and nothing else.
+// makes, remove are those that it removes. If the group was as it is known right
+// before, and is one commit further then, that was the change and nothing else.
+// The error is that of the change, or says that the caller gave up waiting for
+// another's change to end.
 func (e *lvmEngine) follow(ctx context.Context, change func() error, add *lvm.Volume, remove ...string) error {
 	k := &e.known
-	k.changing.Lock()
-	defer k.changing.Unlock()
+	select {
+	case k.changing <- struct{}{}:
+		defer func() { <-k.changing }()
+	case <-ctx.Done():
+		return fault.New(fault.KindOf(ctx.Err()), "volume group %s: another change is still being made: %w", e.name, ctx.Err())
+	}
 	k.mu.Lock()
-	before := k.commit
+	had := k.commit
 	k.mu.Unlock()
-	if err := change(); err != nil || before == (lvm.Commit{}) {
+	// The number alone does not tell: a backup that was restored may have brought
+	// the known one back, with something else behind it.
+	before, ok := e.now(ctx)
+	if err := change(); err != nil {
 		return err
 	}
-	after, ok := e.now(context.WithoutCancel(ctx))
-	if !ok || after.Seqno != before.Seqno+1 {
-		return nil
-	}
+	after, still := e.now(context.WithoutCancel(ctx))
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	if k.commit != before || k.volumes == nil { // learned from a program meanwhile
+	switch {
+	case still && after == had: // the change is not to be seen: this does not tell states apart
+		k.commit, k.volumes, k.info = lvm.Commit{}, nil, nil
+		return nil
+	case !ok || !still || before != had || after.Seqno != before.Seqno+1:
+		return nil
+	case k.commit != had || k.volumes == nil: // learned from a program meanwhile
 		return nil
 	}
 	var space, text int64
@@ -125,6 +139,7 @@ func (e *lvmEngine) follow(ctx context.Context, change func() error, add *lvm.Vo
 	k.commit = after
 	e.room.Add(text)
 	if k.info != nil {
+		k.info.Seqno = after.Seqno
 		k.info.Free += space
 		k.info.MetadataFree += text
 	}
@@ -156,7 +171,7 @@ func (e *lvmEngine) info(ctx context.Context) (lvm.Info, error) {
 		return info, err
 	}
 	e.room.Store(info.MetadataFree)
-	if after, still := e.now(ctx); ok && still && before == after {
+	if after, still := e.now(ctx); ok && still && before == after && info.Seqno == after.Seqno {
 		k.mu.Lock()
 		defer k.mu.Unlock()
 		if k.commit == after {

@@ -77,7 +77,8 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 	if err != nil {
 		return nil, err
 	}
-	e := &lvmEngine{name: params["vg"], pool: params["thinPool"], group: lvm.New(run, params["vg"], options)}
+	e := &lvmEngine{name: params["vg"], pool: params["thinPool"], group: lvm.New(run, params["vg"], options),
+		known: knowledge{changing: make(chan struct{}, 1)}}
 	info, err := e.group.Info(ctx)
 	if err != nil {
 		return nil, err
@@ -189,9 +190,10 @@ func (e *lvmEngine) mark(ctx context.Context) error {
 		if err := e.group.CreateRecord(ctx, marker, mode); err != nil && !errors.Is(err, fault.Exists) {
 			return err
 		}
-		if l, err = e.list(ctx, lvm.Names([]string{marker}, nil), false); err != nil {
+		if there, err = e.list(ctx, lvm.Names([]string{marker}, nil), false); err != nil {
 			return err
 		}
+		l = there.Volumes
 	}
 	for _, v := range l {
 		if v.Name == marker && slices.Contains(v.Tags, mode) {
@@ -208,23 +210,34 @@ func (e *lvmEngine) mark(ctx context.Context) error {
 
 // list is every listing: of volumes by name, those of this group and no other,
 // with no disk missing.
-func (e *lvmEngine) list(ctx context.Context, selection string, used bool) ([]lvm.Volume, error) {
+func (e *lvmEngine) list(ctx context.Context, selection string, used bool) (lvm.Listing, error) {
 	ctx, cancel := context.WithTimeout(ctx, engine.ListingLimit)
 	defer cancel()
 	l, err := e.group.Volumes(ctx, selection, used)
 	switch {
 	case err != nil:
-		return nil, err
+		return lvm.Listing{}, err
 	case len(l.Volumes) == 0:
-		return nil, fault.New(fault.Unavailable, "volume group %s has lost the logical volume %s that marks it as a domain: it was emptied or replaced from outside", e.name, marker)
+		return lvm.Listing{}, fault.New(fault.Unavailable, "volume group %s has lost the logical volume %s that marks it as a domain: it was emptied or replaced from outside", e.name, marker)
 	case l.UUID != e.uuid:
-		return nil, fault.New(fault.Unavailable, "volume group %s is another one (UUID %s) than was opened (UUID %s): bring the right disks back", e.name, l.UUID, e.uuid)
+		return lvm.Listing{}, fault.New(fault.Unavailable, "volume group %s is another one (UUID %s) than was opened (UUID %s): bring the right disks back", e.name, l.UUID, e.uuid)
 	case l.Missing > 0:
-		return nil, e.missing(l.Missing)
+		return lvm.Listing{}, e.missing(l.Missing)
 	}
 	e.room.Store(l.MetadataFree)
 	e.grown.Store(l.Disks != int64(len(e.disks)))
-	return l.Volumes, nil
+	return l, nil
+}
+
+// confirm is called when something was not there, before that is believed: nil if
+// the group is the one that was opened, with all of its disks, and not another of
+// that name.
+func (e *lvmEngine) confirm(ctx context.Context) error {
+	if _, ok := e.now(ctx); ok {
+		return nil
+	}
+	_, err := e.list(ctx, lvm.Names([]string{marker}, nil), false)
+	return err
 }
 
 // resume lets devices run again that a killed program left suspended.
@@ -240,7 +253,7 @@ func (e *lvmEngine) resume(ctx context.Context) error {
 // did not come to its end may have left a device suspended.
 func (e *lvmEngine) changed(ctx context.Context, err error) error {
 	e.changes.Add(1)
-	if errors.Is(err, fault.Unavailable) || errors.Is(err, fault.Deadline) || errors.Is(err, fault.Internal) {
+	if errors.Is(err, fault.Unavailable) || errors.Is(err, fault.Deadline) || errors.Is(err, fault.Internal) || errors.Is(err, fault.Corrupt) {
 		if more := e.resume(context.WithoutCancel(ctx)); more != nil {
 			return fault.New(fault.KindOf(err), "%w; devices may be suspended: %w", err, more)
 		}

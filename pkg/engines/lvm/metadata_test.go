@@ -153,12 +153,64 @@ func TestAGroupThatVanishes(t *testing.T) {
 	other := newGroupOn(t, g.name, loop(t, 64*mib))
 	e.(*lvmEngine).group = newEngineGroup(other)
 	gone("lost the logical volume quarry")
-	_ = other.open(t, host.Exec{})
+	is(t, "DeleteTag", e.DeleteTag(t.Context(), "i.a.1"), fault.Unavailable, "lost the logical volume quarry")
+	is(t, "DeleteSlab", e.DeleteSlab(t.Context(), "a"), fault.Unavailable, "lost the logical volume quarry")
+	twin := other.open(t, host.Exec{})
 	gone("is another one")
+	is(t, "DeleteTag", e.DeleteTag(t.Context(), "i.a.1"), fault.Unavailable, "is another one")
+	is(t, "DeleteSlab", e.DeleteSlab(t.Context(), "a"), fault.Unavailable, "is another one")
+	ok(t, twin.CreateTag(t.Context(), engine.Tag{Name: "i.a.1"}))
+	ok(t, twin.CreateSlab(t.Context(), engine.SlabSpec{ID: "a", Kind: engine.Block, Size: mib}))
+	is(t, "DeleteTag of another's", e.DeleteTag(t.Context(), "i.a.1"), fault.Unavailable, "another group of that name")
+	is(t, "DeleteSlab of another's", e.DeleteSlab(t.Context(), "a"), fault.Unavailable, "another group of that name")
+	tags, err := twin.ListTags(t.Context(), "")
+	slabs, err2 := twin.ListSlabs(t.Context())
+	if errors.Join(err, err2) != nil || len(tags) != 1 || len(slabs) != 1 {
+		t.Errorf("the other group has tags %v and slabs %v: %v", tags, slabs, errors.Join(err, err2))
+	}
 	e.(*lvmEngine).group = newEngineGroup(g)
 	g.lvm(t, "vgrename", g.name+"-away", g.name)
-	if tags, err := e.ListTags(t.Context(), ""); err != nil || len(tags) != 1 {
+	if tags, err = e.ListTags(t.Context(), ""); err != nil || len(tags) != 1 {
 		t.Errorf("when it is back: %v, %v", tags, err)
+	}
+}
+
+// readOnly makes the group's disk read-only while volumes are removed.
+type readOnly struct {
+	t    *testing.T
+	disk string
+}
+
+func (r readOnly) Run(ctx context.Context, c host.Command) (host.Result, error) {
+	if c.Name == "lvm" && c.Args[0] == "lvremove" {
+		r.set("--setro")
+		defer r.set("--setrw")
+	}
+	return host.Exec{}.Run(ctx, c)
+}
+
+func (r readOnly) set(how string) {
+	_, err := (host.Exec{}).Run(context.WithoutCancel(r.t.Context()), host.Command{Name: "blockdev", Args: []string{how, r.disk}})
+	ok(r.t, err)
+}
+
+// TestASlabThatCannotBeRemovedIsNotSaidToBe, although its unfinished half, which is
+// removed with it, is not there.
+func TestASlabThatCannotBeRemovedIsNotSaidToBe(t *testing.T) {
+	g := newGroup(t, 64)
+	e := g.open(t, host.Exec{})
+	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "a", Kind: engine.Block, Size: mib}))
+	e.(*lvmEngine).pool = "pool" // as if slabs were thin: here is no pool
+	e.(*lvmEngine).group = newEngineGroupRun(g, readOnly{t, g.disk})
+	is(t, "DeleteSlab", e.DeleteSlab(t.Context(), "a"), fault.Unavailable, "Failed to write")
+	e.(*lvmEngine).group = newEngineGroup(g)
+	if slabs, err := e.ListSlabs(t.Context()); err != nil || len(slabs) != 1 {
+		t.Errorf("slabs %v, %v", slabs, err)
+	}
+	ok(t, e.DeleteSlab(t.Context(), "a"))
+	ok(t, e.DeleteSlab(t.Context(), "a")) // nothing is there, in the right group
+	if slabs, err := e.ListSlabs(t.Context()); err != nil || len(slabs) != 0 {
+		t.Errorf("left: %v, %v", slabs, err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -160,6 +161,36 @@ func TestAPoolFullOfData(t *testing.T) {
 	if u, err := engine.Discover(e).Meter.DomainUsage(t.Context()); err != nil || u.Available == 0 {
 		t.Errorf("with space again: %+v, %v", u, err)
 	}
+}
+
+// TestAPoolOfARestoredGroup: the backup knows nothing of the last volume, the
+// kernel's part of the pool does.
+func TestAPoolOfARestoredGroup(t *testing.T) {
+	lab.Need(t)
+	g := newGroup(t, 200).withPool(t, "64m", "4m")
+	e := g.open(t, host.Exec{})
+	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "a", Kind: engine.Block, Size: 8 * mib}))
+	file := filepath.Join(t.TempDir(), "backup")
+	g.lvm(t, "vgcfgbackup", "-f", file, g.name)
+	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "lost", Kind: engine.Block, Size: 8 * mib}))
+	newest := filepath.Join(t.TempDir(), "newest")
+	g.lvm(t, "vgcfgbackup", "-f", newest, g.name)
+	_ = g.open(t, host.Exec{}) // a pool that is as it should be
+
+	g.lvm(t, "vgcfgrestore", "-y", "--force", "-f", file, g.name)
+	_, err := Open(t.Context(), g.params, host.Exec{})
+	is(t, "Open, the pool is active", err, fault.Corrupt, "docs/engines/lvm.md")
+	g.lvm(t, "vgchange", "-an", g.name)
+	_, err = Open(t.Context(), g.params, host.Exec{})
+	is(t, "Open, the pool was not active", err, fault.Corrupt, "docs/engines/lvm.md")
+
+	g.lvm(t, "vgcfgrestore", "-y", "--force", "-f", newest, g.name)
+	e = g.open(t, host.Exec{})
+	slabs, err := e.ListSlabs(t.Context())
+	if err != nil || len(slabs) != 2 {
+		t.Errorf("with the newest backup: %v, %v", slabs, err)
+	}
+	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "b", Kind: engine.Block, Size: 8 * mib}))
 }
 
 func TestAPoolFullOfMetadata(t *testing.T) {

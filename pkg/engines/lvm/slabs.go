@@ -23,12 +23,12 @@ func (e *lvmEngine) CreateSlab(ctx context.Context, spec engine.SlabSpec) error 
 	}
 	lv := volume(slabs, spec.ID)
 	if e.pool == "" {
-		err = e.follow(ctx, func() error { return e.group.CreateLinear(ctx, lv, size, slabTag+spec.ID) },
+		err = e.follow(ctx, func() error { return e.changed(ctx, e.group.CreateLinear(ctx, lv, size, slabTag+spec.ID)) },
 			&lvm.Volume{Name: lv, Size: size, Tags: []string{slabTag + spec.ID}, Used: -1})
-	} else if err = e.group.CreateThin(ctx, e.pool, lv, size, slabTag+spec.ID); errors.Is(err, fault.NotFound) {
+	} else if err = e.changed(ctx, e.group.CreateThin(ctx, e.pool, lv, size, slabTag+spec.ID)); errors.Is(err, fault.NotFound) {
 		err = fault.New(fault.Unavailable, "thin pool %s/%s is gone: %w", e.name, e.pool, err)
 	}
-	if err = e.changed(ctx, err); errors.Is(err, fault.Exists) {
+	if errors.Is(err, fault.Exists) {
 		return e.taken(ctx, spec)
 	}
 	return err
@@ -155,9 +155,9 @@ func (e *lvmEngine) DeleteSlab(ctx context.Context, id string) error {
 	if e.pool != "" {
 		all = append(all, volume(partial, id))
 	}
-	err = e.changed(ctx, e.follow(ctx, func() error { return e.group.Remove(ctx, all...) }, nil, all...))
+	err = e.follow(ctx, func() error { return e.changed(ctx, e.group.Remove(ctx, e.uuid, all...)) }, nil, all...)
 	if errors.Is(err, fault.NotFound) {
-		return nil
+		return e.confirm(ctx)
 	}
 	return err
 }

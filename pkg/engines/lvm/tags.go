@@ -47,9 +47,9 @@ func (e *lvmEngine) DeleteTag(ctx context.Context, name string) error {
 		return err
 	}
 	lv := volume(tagSort, name)
-	err := e.follow(ctx, func() error { return e.group.RemoveRecord(ctx, lv) }, nil, lv)
+	err := e.follow(ctx, func() error { return e.group.RemoveRecord(ctx, e.uuid, lv) }, nil, lv)
 	if errors.Is(err, fault.NotFound) {
-		return nil
+		return e.confirm(ctx)
 	}
 	return err
 }

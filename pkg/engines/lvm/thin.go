@@ -27,6 +27,11 @@ func (e *lvmEngine) openPool(ctx context.Context) error {
 	if err := e.group.Activate(ctx, e.pool); err != nil {
 		return err
 	}
+	if kernel, ok := e.group.ActivePool(ctx, e.uuid, e.pool); ok {
+		if err := e.checkTransaction(ctx, kernel.Transaction, pool.Transaction); err != nil {
+			return err
+		}
+	}
 	e.desc.ZeroedSpace = true
 	if pool.ErrorWhenFull {
 		e.note("thin pool %s: when it is full, writes fail at once", e.pool)
@@ -38,6 +43,23 @@ func (e *lvmEngine) openPool(ctx context.Context) error {
 		e.note("thin pool %s is not healthy: %s (lvs -o lv_health_status, lvconvert --repair)", e.pool, pool.Health)
 	}
 	return nil
+}
+
+// checkTransaction refuses a pool of which the kernel knows more changes than LVM
+// (Pool.Transaction of both): LVM would believe that the next one has been made
+// already, and give a new volume the device of one that it has forgotten. The kernel
+// is behind by one where a program was killed; further behind, LVM refuses it.
+func (e *lvmEngine) checkTransaction(ctx context.Context, kernel, ours int64) error {
+	if kernel <= ours {
+		return nil
+	}
+	// Another process may have made a volume since LVM was asked. Now its number
+	// cannot be below what the kernel's was before: it is raised first.
+	pool, err := e.group.Pool(ctx, e.pool)
+	if err != nil || kernel <= pool.Transaction {
+		return err
+	}
+	return fault.New(fault.Corrupt, "thin pool %s/%s: its transaction ID is %d in the kernel and %d in LVM's metadata, which were restored from an older backup: a new volume would get a lost one's device, with its bytes. Restore the newest backup (vgcfgrestore --force); without one, docs/engines/lvm.md says what to do", e.name, e.pool, kernel, pool.Transaction)
 }
 
 // Supports implements engine.Narrower.
@@ -81,7 +103,7 @@ func (e *lvmEngine) SnapshotSlab(ctx context.Context, source string, spec engine
 		return err
 	}
 	if _, there := found[half]; there {
-		if err := e.changed(ctx, e.group.Remove(ctx, half)); err != nil && !errors.Is(err, fault.NotFound) {
+		if err := e.changed(ctx, e.group.Remove(ctx, e.uuid, half)); err != nil && !errors.Is(err, fault.NotFound) {
 			return err
 		}
 	}
@@ -114,7 +136,7 @@ func (e *lvmEngine) cut(ctx context.Context, origin, half, lv string, from, size
 		return fault.New(fault.Conflict, "logical volume %s was removed by another while it was made", half)
 	}
 	if err != nil {
-		if more := e.group.Remove(context.WithoutCancel(ctx), half); more != nil && !errors.Is(more, fault.NotFound) {
+		if more := e.group.Remove(context.WithoutCancel(ctx), e.uuid, half); more != nil && !errors.Is(more, fault.NotFound) {
 			return fault.New(fault.Unavailable, "%w; logical volume %s is left: %w", err, half, more)
 		}
 	}
@@ -256,7 +278,9 @@ func (e *lvmEngine) measure(ctx context.Context, id string) (map[string]lvm.Volu
 	if e.pool == "" {
 		volumes, err = e.ours(ctx, slabName)
 	} else {
-		volumes, err = e.list(ctx, lvm.Names([]string{marker, e.pool}, []string{slabs + ".", slabs + "-"}), true)
+		var l lvm.Listing
+		l, err = e.list(ctx, lvm.Names([]string{marker, e.pool}, []string{slabs + ".", slabs + "-"}), true)
+		volumes = l.Volumes
 	}
 	if err != nil {
 		return nil, lvm.Volume{}, err

@@ -1,9 +1,13 @@
 package lvm
 
 import (
+	"context"
+	"fmt"
 	"strings"
 	"testing"
 
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/host/lvm"
 )
 
@@ -28,6 +32,44 @@ func TestWhatAPoolWarnsOf(t *testing.T) {
 			if !strings.Contains(have, want) {
 				t.Errorf("%s: %q is not in %q", name, want, have)
 			}
+		}
+	}
+}
+
+// pools answers each report of a thin pool with the next transaction ID.
+type pools struct{ ids []int64 }
+
+func (p *pools) Run(context.Context, host.Command) (host.Result, error) {
+	id := p.ids[0]
+	p.ids = p.ids[1:]
+	return host.Result{Stdout: fmt.Appendf(nil, `{"report": [{"lv": [{"lv_name":"pool", "lv_layout":"thin,pool", "lv_size":"67108864", "lv_metadata_size":"4194304", "data_percent":"1.00",
+		"metadata_percent":"1.00", "lv_when_full":"queue", "zero":"zero", "transaction_id":"%d", "lv_health_status":""}]}]}`, id)}, nil
+}
+
+func TestAPoolThatIsNewerThanItsGroup(t *testing.T) {
+	for name, c := range map[string]struct {
+		kernel, ours int64
+		again        []int64 // what LVM says when it is asked once more
+		refused      bool
+	}{
+		"the same":                            {5, 5, nil, false},
+		"a killed program's change":           {4, 5, nil, false},
+		"a volume that was made meanwhile":    {6, 5, []int64{6}, false},
+		"volumes that were made meanwhile":    {6, 5, []int64{8}, false},
+		"a backup of one change before":       {6, 5, []int64{5}, true},
+		"a backup, and a volume made in it":   {9, 5, []int64{6}, true},
+		"a backup of before the first change": {1, 0, []int64{0}, true},
+	} {
+		run := &pools{c.again}
+		e := &lvmEngine{name: "data", pool: "pool", group: lvm.New(run, "data", lvm.Options{})}
+		err := e.checkTransaction(t.Context(), c.kernel, c.ours)
+		if c.refused {
+			is(t, name, err, fault.Corrupt, "vgcfgrestore --force")
+		} else if err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if len(run.ids) > 0 {
+			t.Errorf("%s: LVM was not asked again", name)
 		}
 	}
 }

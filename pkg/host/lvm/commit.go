@@ -31,7 +31,7 @@ const commitLimit = 10 * time.Second
 // Commit reads from the group's disks what their metadata is now, without
 // starting a program: some hundred bytes of each. fault.Unavailable: a disk cannot
 // be read, they do not say the same, or one of them has no metadata of this
-// group; then only the programs know what to think of it.
+// group, or two areas for them; then only the programs know what to think of it.
 func (g *Group) Commit(ctx context.Context, uuid string, disks []string) (Commit, error) {
 	var first Commit
 	for i, disk := range disks {
@@ -43,11 +43,11 @@ func (g *Group) Commit(ctx context.Context, uuid string, disks []string) (Commit
 		if err != nil {
 			return Commit{}, err
 		}
-		if i > 0 && c.Seqno != first.Seqno {
-			return Commit{}, fault.New(fault.Unavailable, "%s and %s have different metadata of volume group %s", disks[0], disk, g.name)
-		}
 		if i == 0 {
 			first = c
+		}
+		if c.Seqno != first.Seqno || c.size != first.size || c.checksum != first.checksum { // the offset is each disk's own
+			return Commit{}, fault.New(fault.Unavailable, "%s and %s have different metadata of volume group %s", disks[0], disk, g.name)
 		}
 	}
 	if len(disks) == 0 {
@@ -97,7 +97,7 @@ func commitOn(path, group, uuid string) (Commit, error) {
 		return bytes.Clone(buffer[offset-start:][:sector]), nil
 	}
 
-	area, err := firstArea(read)
+	area, err := onlyArea(read)
 	if err != nil {
 		return Commit{}, wrong("%w", err)
 	}
@@ -143,8 +143,9 @@ func commitOn(path, group, uuid string) (Commit, error) {
 	return c, nil
 }
 
-// firstArea finds the first metadata area of a disk, as an offset in bytes.
-func firstArea(read func(uint64) ([]byte, error)) (uint64, error) {
+// onlyArea finds the metadata area of a disk, as an offset in bytes. A second one
+// may have other metadata, for instance when writing it failed.
+func onlyArea(read func(uint64) ([]byte, error)) (uint64, error) {
 	for s := range uint64(4) {
 		label, err := read(s * sector)
 		if err != nil {
@@ -156,18 +157,19 @@ func firstArea(read func(uint64) ([]byte, error)) (uint64, error) {
 		list := label[min(le32(label[20:]), sector):]
 		const before = 32 + 8 // the disk's UUID and size
 		list = list[min(before, len(list)):]
-		for lists := 0; len(list) >= 16; list = list[16:] { // offset and size of each
+		var areas []uint64
+		for lists := 0; lists < 2 && len(list) >= 16; list = list[16:] { // offset and size of each
 			switch offset := le64(list); {
 			case offset == 0:
-				lists++ // that of where data is has ended
+				lists++ // first that of where data is has ended
 			case lists == 1:
-				return offset, nil
-			}
-			if lists == 2 {
-				break
+				areas = append(areas, offset)
 			}
 		}
-		return 0, fmt.Errorf("the disk has no metadata area")
+		if len(areas) != 1 {
+			return 0, fmt.Errorf("the disk has %d metadata areas, not one", len(areas))
+		}
+		return areas[0], nil
 	}
 	return 0, fmt.Errorf("the disk has no label of LVM")
 }

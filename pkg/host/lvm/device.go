@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -94,6 +95,8 @@ func parseThinPool(status string) (p Pool, ok bool) {
 		return 100 * float64(used) / float64(total), total
 	}
 	var blocks int64
+	var err error
+	p.Transaction, err = strconv.ParseInt(words[0], 10, 64)
 	p.MetadataPercent, blocks = percent(words[1])
 	p.DataPercent, _ = percent(words[2])
 	p.MetadataSize = blocks * thinMetadataBlock
@@ -105,7 +108,7 @@ func parseThinPool(status string) (p Pool, ok bool) {
 	case slices.Contains(words[5:], "needs_check"):
 		p.Health = "needs_check"
 	}
-	return p, p.DataPercent >= 0 && p.MetadataPercent >= 0
+	return p, err == nil && p.DataPercent >= 0 && p.MetadataPercent >= 0
 }
 
 const lvmDevices = "LVM-"

@@ -3,6 +3,7 @@ package lvm
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -26,7 +27,9 @@ func (g *Group) explain(err error) error {
 	if !errors.As(err, &exit) {
 		return err
 	}
-	said := complaints(string(exit.Result.Stderr))
+	all := complaints(string(exit.Result.Stderr))
+	others := slices.DeleteFunc(slices.Clone(all), volumeNotFound) // beside those, which may be said of what need not be there
+	said := strings.Join(others, "; ")
 	has := func(texts ...string) bool {
 		for _, text := range texts {
 			if strings.Contains(said, text) {
@@ -36,9 +39,11 @@ func (g *Group) explain(err error) error {
 		return false
 	}
 	program, _, _ := strings.Cut(strings.Join(exit.Command.Args, " "), " ")
-	words := fmt.Sprintf("%s: %s", program, said)
+	words := fmt.Sprintf("%s: %s", program, strings.Join(all, "; "))
 	quoted := fmt.Sprintf("%q not found", g.name) // Volume group "vg" not found
 	switch {
+	case len(others) == 0:
+		return fault.New(fault.NotFound, "%s", words)
 	case has("Volume group " + quoted):
 		return g.vanished(errors.New(words))
 	case has("Cannot access VG"):
@@ -51,6 +56,8 @@ func (g *Group) explain(err error) error {
 		return fault.New(fault.Permission, "volume group %s is exported, so it is about to move to another host: vgimport it here, if it is to stay (%s)", g.name, words)
 	case has("is read-only", "Permission denied", "Run as root"):
 		return fault.New(fault.Permission, "volume group %s cannot be written: %s", g.name, words)
+	case has("transaction_id is ", "with transaction id "): // N, expected is M
+		return fault.New(fault.Corrupt, "LVM's metadata of volume group %s and those of its thin pool in the kernel are not of the same time: one of the two was restored from a backup (vgcfgrestore, lvconvert --repair): docs/engines/lvm.md says what to do (%s)", g.name, words)
 	case has("matches existing size", "not larger than existing size"):
 		return errLargeEnough
 	case has(" in use.", "is used by another device", "contains a filesystem in use", "Unable to suspend"):
@@ -65,15 +72,24 @@ func (g *Group) explain(err error) error {
 		return fault.New(fault.OutOfRange, "%s", words)
 	case has("already exists in volume group"):
 		return fault.New(fault.Exists, "%s", words)
-	case has("Failed to find logical volume", "not found in volume group", "not found in Volume group"):
-		return fault.New(fault.NotFound, "%s", words)
 	}
 	return fault.New(fault.Unavailable, "%s (exit status %d)", words, exit.Result.ExitCode)
 }
 
-// complaints is what a program said that is neither a warning nor follows from
-// something said before.
-func complaints(stderr string) string {
+// volumeNotFound says whether a complaint is about a logical volume that is not
+// there.
+func volumeNotFound(complaint string) bool {
+	for _, text := range []string{"Failed to find logical volume", "not found in volume group", "not found in Volume group"} {
+		if strings.Contains(complaint, text) {
+			return true
+		}
+	}
+	return false
+}
+
+// complaints are the lines of what a program said that are neither warnings nor
+// follow from something said before.
+func complaints(stderr string) []string {
 	var said []string
 	for line := range strings.Lines(stderr) {
 		line = strings.TrimSpace(line)
@@ -84,9 +100,9 @@ func complaints(stderr string) string {
 		said = append(said, line)
 	}
 	if len(said) == 0 {
-		return strings.TrimSpace(stderr)
+		return []string{strings.TrimSpace(stderr)}
 	}
-	return strings.Join(said, "; ")
+	return said
 }
 
 func (g *Group) vanished(why error) error {
@@ -95,4 +111,9 @@ func (g *Group) vanished(why error) error {
 
 func (g *Group) partial() error {
 	return fault.New(fault.Unavailable, "a disk of volume group %s is missing: bring it back (pvs shows which, vgextend --restoremissing takes it in again); nothing is changed before", g.name)
+}
+
+// unselected is of volumes that are there, but that a removal did not select.
+func (g *Group) unselected(groupUUID string) error {
+	return fault.New(fault.Unavailable, "nothing was removed from volume group %s: a disk of it is missing (pvs shows which, vgextend --restoremissing takes it in again), or it is another group of that name, not the one with UUID %s (vgs -o vg_name,vg_uuid): bring the right disks back", g.name, groupUUID)
 }

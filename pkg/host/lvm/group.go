@@ -87,9 +87,20 @@ const (
 	unchecked               // as devices, and a thin pool's metadata are not checked
 )
 
-const timeout = 2 * time.Minute
+const (
+	timeout = 2 * time.Minute
+	// slow is for programs whose work grows with the data: a removal discards all
+	// that the volume had before it commits, and a thin pool's metadata, up to 16 GiB,
+	// are checked before it is active. Ended early they would begin anew each time.
+	slow = 30 * time.Minute
+)
 
 func (g *Group) lvm(ctx context.Context, a access, program string, args ...string) (host.Result, error) {
+	return g.within(ctx, timeout, a, program, args...)
+}
+
+// within runs a program of lvm2, and ends it when the limit is over.
+func (g *Group) within(ctx context.Context, limit time.Duration, a access, program string, args ...string) (host.Result, error) {
 	if err := ctx.Err(); err != nil {
 		return host.Result{}, fault.Wrap(fault.KindOf(err), err)
 	}
@@ -109,7 +120,7 @@ func (g *Group) lvm(ctx context.Context, a access, program string, args ...strin
 		// Killed half-way it could leave a device suspended, and its users waiting.
 		ctx = context.WithoutCancel(ctx)
 	}
-	command := host.Command{Name: "lvm", Args: append(all, args...), Timeout: timeout}
+	command := host.Command{Name: "lvm", Args: append(all, args...), Timeout: limit}
 	res, err := g.run.Run(ctx, command)
 	if pool, id := g.interrupted(res, err); pool != "" && a == devices {
 		if _, err := g.run.Run(ctx, host.Command{Name: "dmsetup", Args: []string{"message", pool, "0", "delete " + id}, Timeout: timeout}); err != nil {
@@ -148,9 +159,10 @@ func (g *Group) CreateRecord(ctx context.Context, lv string, tags ...string) err
 	return err
 }
 
-// RemoveRecord removes a volume of CreateRecord. fault.NotFound: no such volume.
-func (g *Group) RemoveRecord(ctx context.Context, lv string) error {
-	return g.remove(ctx, writes, lv)
+// RemoveRecord removes a volume of CreateRecord from the group of that UUID, as
+// in Info. fault.NotFound: no such volume, or another group of the name has none.
+func (g *Group) RemoveRecord(ctx context.Context, groupUUID, lv string) error {
+	return g.remove(ctx, writes, groupUUID, lv)
 }
 
 // CreateLinear makes a volume of size bytes, a multiple of the extent size,
@@ -204,26 +216,33 @@ func (g *Group) Rename(ctx context.Context, from, to string) error {
 	return err
 }
 
-// Remove removes volumes and their devices. fault.NotFound: none of them was
-// there. fault.InUse: something has one open.
-func (g *Group) Remove(ctx context.Context, lvs ...string) error {
-	return g.remove(ctx, g.either(ctx), lvs...)
+// Remove removes volumes and their devices from the group of that UUID.
+// fault.NotFound: none of them was there, or another group of the name has none of
+// them. fault.InUse: something has one open.
+func (g *Group) Remove(ctx context.Context, groupUUID string, lvs ...string) error {
+	return g.remove(ctx, g.either(ctx), groupUUID, lvs...)
 }
 
-func (g *Group) remove(ctx context.Context, a access, lvs ...string) error {
+func (g *Group) remove(ctx context.Context, a access, groupUUID string, lvs ...string) error {
 	// LVM would remove from a group with a disk missing, and for that expel the
-	// disk for good, even if it comes back.
-	args := []string{"-y", "-S", "vg_missing_pv_count=0"}
+	// disk for good, even if it comes back; and from any group of the name.
+	args := []string{"-y", "-S", fmt.Sprintf(`vg_missing_pv_count=0&&vg_uuid="%s"`, groupUUID)}
 	for _, lv := range lvs {
 		args = append(args, g.path(lv))
 	}
-	res, err := g.lvm(ctx, a, "lvremove", args...)
-	removed := strings.Contains(string(res.Stdout), "successfully removed")
+	limit := timeout
+	if g.options.Discard {
+		limit = slow
+	}
+	res, err := g.within(ctx, limit, a, "lvremove", args...)
+	missing := errors.Is(err, fault.NotFound)
 	switch {
-	case err == nil && !removed:
-		return g.partial()
-	case errors.Is(err, fault.NotFound) && removed:
-		return nil
+	case err != nil && !missing:
+		return err
+	case strings.Contains(string(res.Stdout), "successfully removed"):
+		return nil // what was not there need not be removed
+	case !missing, len(complaints(string(res.Stderr))) < len(lvs): // one is there, and LVM passed over it without a word
+		return g.unselected(groupUUID)
 	}
 	return err
 }
@@ -239,7 +258,7 @@ func (g *Group) either(ctx context.Context) access {
 
 // Activate makes the device of a volume, and resumes one that was left suspended.
 func (g *Group) Activate(ctx context.Context, lv string) error {
-	_, err := g.lvm(ctx, devices, "lvchange", "-ay", "-K", g.path(lv))
+	_, err := g.within(ctx, slow, devices, "lvchange", "-ay", "-K", g.path(lv))
 	return err
 }
 

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
@@ -41,6 +42,7 @@ func TestWhatLVMSaysHasAKind(t *testing.T) {
 		"no-extents-to-grow": {"data", fault.Exhausted, "1020 extents needed"},
 		"metadata-full":      {"qsmall", fault.Exhausted, "--metadatasize"},
 		"too-large":          {"data", fault.OutOfRange, "4.00 PiB"},
+		"remove-failed":      {"xqtest", fault.Unavailable, "Failed to write VG"}, // and the other volume was not there
 		"vanished":           {"q2", fault.Unavailable, "volume group q2 is not there"},
 		"partial-create":     {"q2", fault.Unavailable, "a disk of volume group q2 is missing"},
 		"partial-activate":   {"q2", fault.Unavailable, "a disk of volume group q2 is missing"},
@@ -65,6 +67,14 @@ func TestWhatIsNotKnownIsUnavailable(t *testing.T) {
 	if err := g.explain(exit); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "Something new") {
 		t.Errorf("%v (%v)", err, fault.KindOf(err))
 	}
+	exit.Result.Stderr = []byte("  Something new happened.\n  Failed to find logical volume \"data/qp.a\"\n")
+	if err := g.explain(exit); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "Something new") {
+		t.Errorf("beside a volume that need not be there: %v (%v)", err, fault.KindOf(err))
+	}
+	exit.Result.Stderr = []byte("  Thin pool data-pool-tpool (253:2) transaction_id is 6, while expected 5.\n")
+	if err := g.explain(exit); !errors.Is(err, fault.Corrupt) || !strings.Contains(err.Error(), "docs/engines/lvm.md") {
+		t.Errorf("a pool of another time: %v (%v)", err, fault.KindOf(err))
+	}
 	exit.Result.Stderr = fixture(t, "large-enough.stderr")
 	if err := g.explain(exit); !errors.Is(err, errLargeEnough) {
 		t.Errorf("lvextend to the present size: %v", err)
@@ -82,7 +92,7 @@ func TestWhatIsNotKnownIsUnavailable(t *testing.T) {
 func TestReports(t *testing.T) {
 	g := New(nil, "data", Options{})
 	info, err := g.parseInfo(fixture(t, "vgs.json"))
-	if err != nil || info.UUID != "uUcLRC-zgV3-r890-SkjX-lVSp-yink-YeNQVY" || info.Extent != 1<<20 || info.Size != 130023424 || info.Free != 125829120 ||
+	if err != nil || info.UUID != "uUcLRC-zgV3-r890-SkjX-lVSp-yink-YeNQVY" || info.Seqno != 4 || info.Extent != 1<<20 || info.Size != 130023424 || info.Free != 125829120 ||
 		info.MetadataSize != 2093056 || info.MetadataFree != 1043456 || info.ReadOnly || info.Exported || info.Clustered || info.Missing != 0 ||
 		!slices.Equal(info.Devices, []string{"/dev/loop1", "/dev/loop3"}) {
 		t.Errorf("%+v, %v", info, err)
@@ -91,7 +101,7 @@ func TestReports(t *testing.T) {
 		t.Errorf("an exported group: %+v, %v", info, err)
 	}
 	l, err := parseVolumes(fixture(t, "lvs.json"))
-	if err != nil || l.UUID != info.UUID || l.MetadataFree != 1043456 || len(l.Volumes) != 3 || l.Volumes[0].Name != "qs.a" || l.Volumes[0].Size != 4<<20 ||
+	if err != nil || l.UUID != info.UUID || l.Seqno != 4 || l.MetadataFree != 1043456 || len(l.Volumes) != 3 || l.Volumes[0].Name != "qs.a" || l.Volumes[0].Size != 4<<20 ||
 		l.Volumes[0].Used != -1 || !slices.Equal(l.Volumes[1].Tags, []string{"q:r=eyJvd25lciI6Im1lIn0", "q:t=e.00000001::1cf2a5c3"}) {
 		t.Errorf("%+v, %v", l, err)
 	}
@@ -99,7 +109,7 @@ func TestReports(t *testing.T) {
 		t.Errorf("an empty report: %+v, %v", l, err)
 	}
 	p, err := g.parsePool(fixture(t, "pool.json"), "pool")
-	if err != nil || p.Size != 64<<20 || p.MetadataSize != 4<<20 || p.DataPercent != 10.45 || p.MetadataPercent != 11.23 || !p.Zero || p.ErrorWhenFull || p.Health != "" {
+	if err != nil || p.Size != 64<<20 || p.MetadataSize != 4<<20 || p.DataPercent != 10.45 || p.MetadataPercent != 11.23 || !p.Zero || p.ErrorWhenFull || p.Health != "" || p.Transaction != 3 {
 		t.Errorf("%+v, %v", p, err)
 	}
 	if _, err := g.parsePool(fixture(t, "lvs-empty.json"), "pool"); !errors.Is(err, fault.NotFound) {
@@ -108,8 +118,8 @@ func TestReports(t *testing.T) {
 	for what, report := range map[string]string{
 		"no report":       "",
 		"half a report":   `{"report": [{"lv": [{"vg_uuid"`,
-		"a field missing": `{"report": [{"lv": [{"vg_uuid":"a", "pv_count":"1", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"1", "lv_tags":""}]}]}`,
-		"no number":       `{"report": [{"lv": [{"vg_uuid":"a", "pv_count":"1", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"4.00m", "lv_tags":"", "pool_lv":""}]}]}`,
+		"a field missing": `{"report": [{"lv": [{"vg_uuid":"a", "vg_seqno":"1", "pv_count":"1", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"1", "lv_tags":""}]}]}`,
+		"no number":       `{"report": [{"lv": [{"vg_uuid":"a", "vg_seqno":"1", "pv_count":"1", "vg_missing_pv_count":"0", "vg_mda_free":"1", "lv_name":"qs.a", "lv_size":"4.00m", "lv_tags":"", "pool_lv":""}]}]}`,
 	} {
 		if l, err := parseVolumes([]byte(report)); !errors.Is(err, fault.Internal) {
 			t.Errorf("%s: %+v, %v", what, l, err)
@@ -155,11 +165,55 @@ func TestChangesAreNotKilledByTheirCaller(t *testing.T) {
 
 func TestAGroupWithADiskMissingKeepsItsVolumes(t *testing.T) {
 	f := &fake{} // what lvremove says where its selection matches nothing: nothing
-	if err := New(f, "data", Options{}).RemoveRecord(t.Context(), "qt.a"); !errors.Is(err, fault.Unavailable) {
+	err := New(f, "data", Options{}).RemoveRecord(t.Context(), "the-uuid", "qt.a")
+	if !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "is missing") || !strings.Contains(err.Error(), "UUID the-uuid") {
 		t.Errorf("nothing was removed: %v", err)
 	}
-	if !strings.Contains(f.command.String(), "-S vg_missing_pv_count=0") {
-		t.Errorf("%q would remove from a group with a disk missing", f.command)
+	if want := `-S vg_missing_pv_count=0&&vg_uuid="the-uuid"`; !strings.Contains(f.command.String(), want) {
+		t.Errorf("%q would remove from a group with a disk missing, or from another group", f.command)
+	}
+}
+
+func TestWhatWasNotThere(t *testing.T) {
+	const (
+		gone      = "  Failed to find logical volume \"data/qs.a\"\n"
+		otherGone = "  Failed to find logical volume \"data/qp.a\"\n"
+		removed   = "  Logical volume \"qs.a\" successfully removed.\n"
+	)
+	for name, c := range map[string]struct {
+		stdout, stderr string
+		want           error
+	}{
+		"the unfinished one":                     {removed, otherGone, nil},
+		"both":                                   {"", gone + otherGone, fault.NotFound},
+		"one, the other was not selected":        {"", otherGone, fault.Unavailable},
+		"one, the other could not be removed":    {"", "  Failed to write VG data.\n" + otherGone, fault.Unavailable},
+		"one, the other is in use":               {"", "  Logical volume data/qs.a in use.\n" + otherGone, fault.InUse},
+		"neither, after a failure to be told of": {"", "  Failed to update pool data/pool.\n" + gone + otherGone, fault.Unavailable},
+	} {
+		s := &script{answers: []host.Result{{Stdout: []byte(c.stdout), Stderr: []byte(c.stderr), ExitCode: 5}}}
+		if err := New(s, "data", Options{}).remove(t.Context(), writes, "the-uuid", "qs.a", "qp.a"); !errors.Is(err, c.want) {
+			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+}
+
+// TestWhatTakesItsTime: a program that was ended would do all of it again.
+func TestWhatTakesItsTime(t *testing.T) {
+	f := &fake{res: host.Result{Stdout: []byte("successfully removed")}}
+	keeps, discards := New(f, "data", Options{}), New(f, "data", Options{Discard: true})
+	for name, c := range map[string]struct {
+		do   func() error
+		want time.Duration
+	}{
+		"removing":                {func() error { return keeps.remove(t.Context(), writes, "the-uuid", "qs.a") }, timeout},
+		"removing and discarding": {func() error { return discards.remove(t.Context(), writes, "the-uuid", "qs.a") }, slow},
+		"activating":              {func() error { return keeps.Activate(t.Context(), "pool") }, slow},
+		"making":                  {func() error { return discards.CreateRecord(t.Context(), "qt.a") }, timeout},
+	} {
+		if err := c.do(); err != nil || f.command.Timeout != c.want {
+			t.Errorf("%s may take %v, want %v: %v", name, f.command.Timeout, c.want, err)
+		}
 	}
 }
 
@@ -209,16 +263,16 @@ func TestWhatAKilledProgramLeftInAPoolIsRemoved(t *testing.T) {
 
 func TestThinPoolStates(t *testing.T) {
 	for status, want := range map[string]Pool{
-		"1 129/1024 100/400 - rw no_discard_passdown queue_if_no_space - 1024":            {MetadataSize: 4 << 20, MetadataPercent: 12.59765625, DataPercent: 25},
+		"1 129/1024 100/400 - rw no_discard_passdown queue_if_no_space - 1024":            {Transaction: 1, MetadataSize: 4 << 20, MetadataPercent: 12.59765625, DataPercent: 25},
 		"0 10/1000 400/400 - out_of_data_space discard_passdown error_if_no_space - 1024": {MetadataSize: 4096000, MetadataPercent: 1, DataPercent: 100, Health: "out_of_data"},
-		"7 500/500 10/400 - ro discard_passdown queue_if_no_space needs_check 1024":       {MetadataSize: 2048000, MetadataPercent: 100, DataPercent: 2.5, Health: "metadata_read_only"},
-		"7 250/500 10/400 - rw discard_passdown queue_if_no_space needs_check 1024":       {MetadataSize: 2048000, MetadataPercent: 50, DataPercent: 2.5, Health: "needs_check"},
+		"7 500/500 10/400 - ro discard_passdown queue_if_no_space needs_check 1024":       {Transaction: 7, MetadataSize: 2048000, MetadataPercent: 100, DataPercent: 2.5, Health: "metadata_read_only"},
+		"7 250/500 10/400 - rw discard_passdown queue_if_no_space needs_check 1024":       {Transaction: 7, MetadataSize: 2048000, MetadataPercent: 50, DataPercent: 2.5, Health: "needs_check"},
 	} {
 		if have, ok := parseThinPool(status); !ok || have != want {
 			t.Errorf("%q: %+v, %v, want %+v", status, have, ok, want)
 		}
 	}
-	for _, status := range []string{"", "Fail", "Error", "1 2 3 4 5", "1 5/0 5/0 - rw"} {
+	for _, status := range []string{"", "Fail", "Error", "1 2 3 4 5", "1 5/0 5/0 - rw", "x 1/5 1/5 - rw"} {
 		if have, ok := parseThinPool(status); ok {
 			t.Errorf("%q: %+v", status, have)
 		}

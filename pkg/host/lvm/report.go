@@ -16,6 +16,7 @@ import (
 // Info is a volume group as its metadata says. Sizes are in bytes.
 type Info struct {
 	UUID         string
+	Seqno        int64  // of the metadata that this was read from: see Commit
 	SystemID     string // the host that it belongs to; "": any
 	LockType     string // of lvmlockd; "": none
 	ReadOnly     bool
@@ -43,6 +44,7 @@ type Volume struct {
 // Listing is what volumes a group had at one moment.
 type Listing struct {
 	UUID         string // of the group; "" when no volume was selected
+	Seqno        int64  // of the metadata that this was read from: see Commit
 	Disks        int64  // physical volumes, also those that are missing
 	Missing      int64
 	MetadataFree int64
@@ -58,9 +60,12 @@ type Pool struct {
 	ErrorWhenFull                bool
 	Zero                         bool // new space is zeroed before its first use
 	Health                       string
+	// Transaction counts the changes to the pool's set of volumes. LVM's, which Pool
+	// reads, is written first: the kernel's, which ActivePool reads, follows it.
+	Transaction int64
 }
 
-const infoFields = "vg_name,vg_uuid,vg_systemid,vg_lock_type,vg_permissions,vg_exported,vg_clustered,vg_shared," +
+const infoFields = "vg_name,vg_uuid,vg_seqno,vg_systemid,vg_lock_type,vg_permissions,vg_exported,vg_clustered,vg_shared," +
 	"vg_missing_pv_count,vg_extent_size,vg_size,vg_free,vg_mda_size,vg_mda_free,pv_name"
 
 // Info reads the group. fault.Unavailable: it is not there. fault.Invalid:
@@ -82,7 +87,7 @@ func (g *Group) parseInfo(out []byte) (Info, error) {
 		return Info{}, g.vanished(errors.New("the report is empty"))
 	}
 	r := rows[0]
-	info := Info{UUID: r.text("vg_uuid"), SystemID: r.text("vg_systemid"), LockType: r.text("vg_lock_type"),
+	info := Info{UUID: r.text("vg_uuid"), Seqno: r.number("vg_seqno"), SystemID: r.text("vg_systemid"), LockType: r.text("vg_lock_type"),
 		ReadOnly: r.text("vg_permissions") != "writeable", Exported: r.text("vg_exported") != "",
 		Clustered: r.text("vg_clustered") != "" || r.text("vg_shared") != "",
 		Missing:   r.number("vg_missing_pv_count"), Extent: r.number("vg_extent_size"), Size: r.number("vg_size"), Free: r.number("vg_free"),
@@ -99,7 +104,7 @@ func (g *Group) parseInfo(out []byte) (Info, error) {
 // Volumes lists the volumes whose names are selected: see Names. With used,
 // device-mapper is asked for the space that thin volumes take.
 func (g *Group) Volumes(ctx context.Context, selection string, used bool) (Listing, error) {
-	fields, access := "vg_uuid,pv_count,vg_missing_pv_count,vg_mda_free,lv_name,lv_size,lv_tags,pool_lv", reads
+	fields, access := "vg_uuid,vg_seqno,pv_count,vg_missing_pv_count,vg_mda_free,lv_name,lv_size,lv_tags,pool_lv", reads
 	if used {
 		fields, access = fields+",data_percent", kernel
 	}
@@ -115,7 +120,7 @@ func parseVolumes(out []byte) (Listing, error) {
 	if err != nil || len(rows) == 0 {
 		return Listing{}, err
 	}
-	l := Listing{UUID: rows[0].text("vg_uuid"), Disks: rows[0].number("pv_count"), Missing: rows[0].number("vg_missing_pv_count"),
+	l := Listing{UUID: rows[0].text("vg_uuid"), Seqno: rows[0].number("vg_seqno"), Disks: rows[0].number("pv_count"), Missing: rows[0].number("vg_missing_pv_count"),
 		MetadataFree: rows[0].number("vg_mda_free"), Volumes: make([]Volume, 0, len(rows))}
 	err = rows[0].err
 	for _, r := range rows {
@@ -146,7 +151,7 @@ func Names(whole, beginnings []string) string {
 	return strings.Join(or, "||")
 }
 
-const poolFields = "lv_name,lv_layout,lv_size,lv_metadata_size,data_percent,metadata_percent,lv_when_full,zero,lv_health_status"
+const poolFields = "lv_name,lv_layout,lv_size,lv_metadata_size,data_percent,metadata_percent,lv_when_full,zero,transaction_id,lv_health_status"
 
 // Pool reads a thin pool. fault.NotFound: no such volume. fault.Invalid: it is
 // no thin pool.
@@ -171,7 +176,7 @@ func (g *Group) parsePool(out []byte, name string) (Pool, error) {
 		return Pool{}, fault.New(fault.Invalid, "%s is no thin pool (its layout is %q)", g.path(name), r.text("lv_layout"))
 	}
 	p := Pool{Size: r.number("lv_size"), MetadataSize: r.number("lv_metadata_size"), DataPercent: -1, MetadataPercent: -1,
-		ErrorWhenFull: r.text("lv_when_full") == "error", Zero: r.text("zero") == "zero", Health: r.text("lv_health_status")}
+		ErrorWhenFull: r.text("lv_when_full") == "error", Zero: r.text("zero") == "zero", Health: r.text("lv_health_status"), Transaction: r.number("transaction_id")}
 	if r.text("data_percent") != "" {
 		p.DataPercent, p.MetadataPercent = r.percent("data_percent"), r.percent("metadata_percent")
 	}
