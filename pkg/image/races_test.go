@@ -25,14 +25,14 @@ type hookedNodes struct {
 	hook func(call string, st image.Staging) error
 }
 
-func (c *hookedNodes) Agent(node string) (image.Agent, error) {
-	if c.dead {
+func (n *hookedNodes) Agent(node string) (image.Agent, error) {
+	if n.dead {
 		return nil, fault.New(fault.Unavailable, "the process is dead")
 	}
 	if node != "n1" && node != "n2" {
 		return nil, fault.New(fault.NotFound, "there is no node %s", node)
 	}
-	return hookedNode{chainNode{&c.chainNodes, node}, c}, nil
+	return hookedNode{chainNode{&n.chainNodes, node}, n}, nil
 }
 
 type hookedNode struct {
