@@ -65,19 +65,19 @@ func (r *rig) frail(name string, size int64) (_ Slab, broken func(from int64), m
 
 func TestAStoreThatFailsKeepsWhatWasAcknowledged(t *testing.T) {
 	r := newRig(t)
-	const size = 2 * mib
+	const size = 16 * mib
 	base := r.raw("base", size)
 	over, broken, mended := r.frail("frail", size)
 	dev := r.attach(spec(base))
 	c := content{}
-	r.write(dev.Path, c, 1, every(0, 2, size)...)
+	r.write(dev.Path, c, 1, every(0, 2*per, size)...)
 	before := c.copy()
 	r.change(over, base)
-	r.write(dev.Path, c, 2, every(0, 5, size)...)
+	r.write(dev.Path, c, 2, every(0, 5*per, size)...)
 	broken(130)
 	f, err := direct(dev.Path, os.O_RDWR)
 	r.must(err)
-	for u := int64(1); ; u += 5 {
+	for u := int64(per); ; u += 5 * per {
 		if _, err = f.WriteAt(pattern(aligned(unit), u, 3), u*unit); err != nil {
 			break
 		}
@@ -121,12 +121,12 @@ func TestAStoreThatFailsKeepsWhatWasAcknowledged(t *testing.T) {
 
 func TestAMergeThatFailsLosesNothing(t *testing.T) {
 	r := newRig(t)
-	const size = 2 * mib
+	const size = 16 * mib
 	base := r.raw("base", size)
 	over, broken, mended := r.frail("frail", size)
 	dev := r.attach(spec(over, base))
 	c := content{}
-	r.write(dev.Path, c, 2, every(0, 2, size)...)
+	r.write(dev.Path, c, 2, every(0, 2*per, size)...)
 	broken(100) // merging goes from the end
 	var err error
 	waitFor(t, func() bool {
@@ -145,7 +145,7 @@ func TestAMergeThatFailsLosesNothing(t *testing.T) {
 	}
 	mended()
 	r.verify("mended", dev.Path, size, c)
-	r.write(dev.Path, c, 3, every(0, 10, size)...)
+	r.write(dev.Path, c, 3, every(0, 10*per, size)...)
 	r.detach(dev)
 	dev = r.attach(spec(over, base))
 	r.verify("attached again", dev.Path, size, c)
@@ -261,7 +261,7 @@ func TestWhatIsWrittenAfterAStoreWasReadIsLost(t *testing.T) {
 	in := read(m)
 
 	r.must(r.d.Host.LoadMapped(bg, m, false, layered("snapshot", in.under, in.store, in.chunk, size)))
-	r.write(dev.Path, c, 2, 1)
+	r.write(dev.Path, c, 2, per)
 	r.must(r.d.Host.ResumeMapped(bg, m))
 	r.verify("over the same origin", dev.Path, size, c)
 
@@ -269,7 +269,7 @@ func TestWhatIsWrittenAfterAStoreWasReadIsLost(t *testing.T) {
 	r.must(err)
 	r.must(r.d.Host.LoadMapped(bg, m, false, layered("snapshot", pad, in.store, in.chunk, size)))
 	lost := c.copy()
-	r.write(dev.Path, c, 3, 2)
+	r.write(dev.Path, c, 3, 2*per)
 	r.must(r.d.Host.ResumeMapped(bg, m))
 	r.verify("over another origin", dev.Path, size, lost)
 }

@@ -26,6 +26,7 @@ var bg = context.Background()
 const (
 	mib   = 1 << 20
 	unit  = 4096
+	per   = 8 // units in a chunk of a layer
 	owner = "d/v"
 )
 
