@@ -235,7 +235,11 @@ func (l *Local) ResumeLeft(ctx context.Context, uuidPrefix string) ([]Mapped, er
 		if !m.Suspended || m.Targets == nil {
 			continue
 		}
-		if err := l.ResumeMapped(ctx, m); err != nil {
+		err := l.ResumeMapped(ctx, m)
+		if errors.Is(err, unix.EINVAL) && l.resumesSoon(ctx, m) {
+			err = nil
+		}
+		if err != nil {
 			if !errors.Is(err, fault.NotFound) {
 				errs = append(errs, err)
 			}
@@ -244,4 +248,27 @@ func (l *Local) ResumeLeft(ctx context.Context, uuidPrefix string) ([]Mapped, er
 		left = append(left, m)
 	}
 	return left, errors.Join(errs...)
+}
+
+// resumesSoon waits for a watchdog that resumes a device just now: in the middle of
+// that the kernel refuses a resume by anybody else, where a layer's exceptions go over
+// from one table to the next.
+func (l *Local) resumesSoon(ctx context.Context, m Mapped) bool {
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for range 100 {
+		now, err := l.MappedByUUID(ctx, m.UUID)
+		if err != nil || now == nil {
+			return false
+		}
+		if !now.Suspended {
+			return true
+		}
+		select {
+		case <-ctx.Done():
+			return false
+		case <-tick.C:
+		}
+	}
+	return false
 }
