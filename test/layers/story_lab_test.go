@@ -202,7 +202,8 @@ func (s *story) life(ctx context.Context, i int, id string, before, after mark) 
 	}); err != nil {
 		return err
 	}
-	if err := s.reached(ctx, i+1+rnd.IntN(8)); err != nil {
+	// The oldest of those that live has to be content with what was made.
+	if err := s.reached(ctx, i+1+rnd.IntN(min(8, s.alive))); err != nil {
 		return err
 	}
 	return s.busily(ctx, func() error {
