@@ -202,7 +202,7 @@ func TestAPoolFullOfMetadata(t *testing.T) {
 	caps := engine.Discover(e)
 	const size = 512 * mib
 	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "a", Kind: engine.Block, Size: size}))
-	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "b", Kind: engine.Block, Size: 2 * size}))
+	ok(t, e.CreateSlab(t.Context(), engine.SlabSpec{ID: "b", Kind: engine.Block, Size: 4 * size}))
 	a := open(t, attach(t, e, "a"))
 	s := newStripes(size/(64<<10), 64<<10)
 	ok(t, s.write(a, 0, 1))
@@ -224,7 +224,7 @@ func TestAPoolFullOfMetadata(t *testing.T) {
 		t.Error("nothing was said before the metadata was full")
 	}
 	b := open(t, attach(t, e, "b"))
-	sb := newStripes(2*size/(64<<10), 64<<10)
+	sb := newStripes(4*size/(64<<10), 64<<10)
 	err := sb.write(b, 0, 1)
 	if !full(err) {
 		t.Fatalf("the metadata was not to be filled: %v", err)
