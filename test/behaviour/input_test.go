@@ -381,7 +381,7 @@ func TestSizesThatAreLeftOutOrTooSmallAreRaised(t *testing.T) {
 		"zero":                {&csi.CapacityRange{}, "ext4", 1 << 30},
 		"a limit only":        {&csi.CapacityRange{LimitBytes: 32 * mib}, "ext4", 32 * mib},
 		"one byte":            {&csi.CapacityRange{RequiredBytes: 1}, "xfs", 300 * mib},
-		"not a multiple":      {&csi.CapacityRange{RequiredBytes: 16*mib + 1}, "ext4", 16*mib + 4096},
+		"not a multiple":      {&csi.CapacityRange{RequiredBytes: 16*mib + 1}, "ext4", 16*mib + 32<<10},
 		"as large as allowed": {&csi.CapacityRange{RequiredBytes: 16 * mib, LimitBytes: 16 * mib}, "ext4", 16 * mib},
 	} {
 		t.Run(name, func(t *testing.T) {
