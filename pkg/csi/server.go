@@ -7,6 +7,7 @@ package csi
 
 import (
 	"context"
+	"errors"
 	"net"
 	"regexp"
 	"strings"
@@ -195,7 +196,11 @@ func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	hard := time.AfterFunc(shutdownGrace, g.Stop)
 	defer hard.Stop()
 	g.GracefulStop()
-	return fault.Wrap(fault.Internal, <-served)
+	err := <-served
+	if errors.Is(err, grpc.ErrServerStopped) { // before it had begun
+		err = nil
+	}
+	return fault.Wrap(fault.Internal, err)
 }
 
 // listen makes the socket: whoever may connect commands the storage, so it is

@@ -166,6 +166,18 @@ func TestAStopLetsRunningCallsFinish(t *testing.T) {
 	}
 }
 
+// A server that is told to end before it has begun ends as well as any other.
+func TestAServerEndsBeforeItHasBegun(t *testing.T) {
+	s, _, _ := world(t)
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	for range 200 {
+		if err := s.Serve(over, "unix://"+filepath.Join(t.TempDir(), "csi.sock")); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // The rules of sockets are tested where they are made, in package admin.
 func TestTheSocketIsForOwnerAndGroup(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "run", "csi.sock")
