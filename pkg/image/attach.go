@@ -309,6 +309,15 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 // Until then the slabs of that chain stay. It need not arrive: a node that says
 // nothing is asked.
 func (m *Manager) Built(_ context.Context, h Handle, node string, told int64) error {
+	return m.told(h, node, func(a *attachment) {
+		if a.told == told {
+			a.building = false
+		}
+	})
+}
+
+// told notes what a node says of an attachment; of one that is not known, nothing.
+func (m *Manager) told(h Handle, node string, note func(*attachment)) error {
 	img, err := m.find(h)
 	if errors.Is(err, fault.NotFound) {
 		return nil
@@ -318,8 +327,8 @@ func (m *Manager) Built(_ context.Context, h Handle, node string, told int64) er
 	}
 	img.d.mu.Lock()
 	defer img.d.mu.Unlock()
-	if a := img.attached[node]; a != nil && a.told == told {
-		a.building = false
+	if a := img.attached[node]; a != nil {
+		note(a)
 	}
 	return nil
 }
@@ -355,17 +364,5 @@ func (m *Manager) Formatted(ctx context.Context, h Handle, node, filesystem stri
 
 // Unstaged tells that a node has taken everything of an image down.
 func (m *Manager) Unstaged(_ context.Context, h Handle, node string) error {
-	img, err := m.find(h)
-	if errors.Is(err, fault.NotFound) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	img.d.mu.Lock()
-	defer img.d.mu.Unlock()
-	if a := img.attached[node]; a != nil {
-		a.Staged, a.building = false, false
-	}
-	return nil
+	return m.told(h, node, func(a *attachment) { a.Staged, a.building = false, false })
 }

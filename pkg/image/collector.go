@@ -493,23 +493,3 @@ func (d *domain) strayTag(name string) string {
 	}
 	return ""
 }
-
-// settleSource finds out whether the volume of a member of a group got its layer
-// over the member, where that is uncertain. settled is false if somebody works on
-// the volume.
-func (d *domain) settleSource(ctx context.Context, member *image) (settled bool, err error) {
-	d.mu.Lock()
-	var src *image
-	if h, err := ParseHandle(member.rec.Source); err == nil {
-		src = d.images[h.Image]
-	}
-	d.mu.Unlock()
-	if src == nil {
-		return true, nil
-	}
-	if !src.lock.tryAcquire() {
-		return false, nil
-	}
-	defer src.lock.release()
-	return true, d.resolve(ctx, src)
-}

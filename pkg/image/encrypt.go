@@ -100,7 +100,7 @@ func slabSizeFor(asked, limit, source int64, of unit, fs string, maxSlab, header
 	if err != nil {
 		return 0, err
 	}
-	unit := of(payload)
+	unit := of(payload + header)
 	for unit%cryptSector != 0 {
 		unit *= 2
 	}

@@ -251,9 +251,7 @@ func (d *domain) sealFlat(ctx context.Context, op *operation, img, f *image, was
 		return err
 	}
 	rec.Parent, rec.Chunk, rec.Alloc = "", 0, taking.Alloc
-	if n, known, err := d.allocated(ctx, rec, f.id); err == nil && known {
-		rec.Alloc = max(n, 1)
-	}
+	d.measureAlloc(ctx, &rec, f.id)
 	return d.commit(ctx, img, rec, f.id)
 }
 

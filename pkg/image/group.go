@@ -126,9 +126,7 @@ func (m *Manager) cutGroup(ctx context.Context, op *operation, g *image, members
 	for _, c := range members {
 		rec, slab := c.img.snapshot()
 		rec.How = h.String()
-		if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
-			rec.Alloc = max(n, 1)
-		}
+		d.measureAlloc(ctx, &rec, slab)
 		if err := d.commit(ctx, c.img, rec, slab); err != nil {
 			return err
 		}
@@ -316,4 +314,24 @@ func (m *Manager) DeleteGroup(ctx context.Context, h Handle) error {
 		return struct{}{}, m.deleteImage(ctx, op, g)
 	})
 	return err
+}
+
+// settleSource finds out whether the volume of a member of a group got its layer
+// over the member, where that is uncertain. settled is false if somebody works on
+// the volume.
+func (d *domain) settleSource(ctx context.Context, member *image) (settled bool, err error) {
+	d.mu.Lock()
+	var src *image
+	if h, err := ParseHandle(member.rec.Source); err == nil {
+		src = d.images[h.Image]
+	}
+	d.mu.Unlock()
+	if src == nil {
+		return true, nil
+	}
+	if !src.lock.tryAcquire() {
+		return false, nil
+	}
+	defer src.lock.release()
+	return true, d.resolve(ctx, src)
 }

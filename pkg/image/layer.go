@@ -171,9 +171,7 @@ func (c *cutting) sealCut(ctx context.Context, h how, inexact bool) error {
 	rec, slab := c.img.rec, c.img.slab
 	d.mu.Unlock()
 	rec.Strong, rec.Op, rec.Inexact, rec.How, rec.Created = true, "", inexact, h.String(), c.m.cfg.Now().UnixMilli()
-	if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
-		rec.Alloc = max(n, 1)
-	}
+	d.measureAlloc(ctx, &rec, slab)
 	defer d.allocateSoon(c)
 	return d.commit(ctx, c.img, rec, slab)
 }

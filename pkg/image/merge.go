@@ -113,21 +113,6 @@ const mergeAgain, mergeTries = 10 * time.Second, 10
 // errUsed: just now somebody works on a volume that stands on what is to be merged.
 var errUsed = errors.New("a volume above it is being worked on")
 
-// background runs fn as an operation that nobody waits for. One that runs
-// already under the key goes on alone.
-func (m *Manager) background(ctx context.Context, key, verb, name string, fn func(context.Context, *operation) error) {
-	op, mine, err := m.ops.start(m, key, verb, name, "")
-	if err != nil || !mine {
-		return
-	}
-	log := klog.FromContext(ctx)
-	go func() {
-		defer m.ops.wg.Done()
-		ctx := klog.NewContext(m.ctx, log)
-		m.finish(ctx, op, struct{}{}, fn(ctx, op))
-	}()
-}
-
 // merge merges the layer of img into the slab below.
 func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 	op.at(d.id, img.id)
@@ -472,10 +457,8 @@ func (d *domain) endMerge(ctx context.Context, op *operation, img, below *image,
 	old, slab := below.snapshot()
 	rec.Parent, rec.Chunk = old.Parent, old.Chunk
 	if !rec.Mutable {
-		rec.Alloc = 0
-		if n, known, err := d.allocated(ctx, rec, slab); err == nil && known {
-			rec.Alloc = max(n, 1)
-		}
+		rec.Alloc = 0 // of its former layer
+		d.measureAlloc(ctx, &rec, slab)
 	}
 	if err := d.commit(ctx, img, rec, slab); err != nil {
 		return err

@@ -45,20 +45,24 @@ func (img *image) heldForMerge() string {
 	return ""
 }
 
+// mergesOn is the node on which a merge of img's layer may be running as far as is
+// known, or "".
+func (img *image) mergesOn() string {
+	held := img.heldForMerge()
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if img.merging != nil {
+		return img.merging.node
+	}
+	return held
+}
+
 // stopMerge stops a merge of img's layer, if one may be running, and gives the
 // image free. The caller holds img's lock.
 func (m *Manager) stopMerge(ctx context.Context, img *image) error {
-	d := img.d
-	held := img.heldForMerge()
-	d.mu.Lock()
-	run := img.merging
-	d.mu.Unlock()
-	if run == nil && held == "" {
+	d, held, node := img.d, img.heldForMerge(), img.mergesOn()
+	if node == "" {
 		return nil
-	}
-	node := held
-	if run != nil {
-		node = run.node
 	}
 	if err := m.stopMergeOn(ctx, img, node); err != nil {
 		return err
@@ -127,10 +131,7 @@ func (m *Manager) stopMergeBut(ctx context.Context, img *image, node string, loc
 		}
 		defer release()
 	}
-	d.mu.Lock()
-	here := img.merging != nil && img.merging.node == node
-	d.mu.Unlock()
-	if held := img.heldForMerge(); here || node != "" && held == node {
+	if node != "" && img.mergesOn() == node {
 		return nil
 	}
 	for _, n := range d.stagedOn(img) {

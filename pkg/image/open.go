@@ -263,15 +263,15 @@ func (d *domain) enterSide(t engine.Tag) {
 		id, _, _ := strings.Cut(s, ".")
 		gen, ok := parseRevision(t.Name[strings.LastIndexByte(t.Name, '.')+1:])
 		img := d.images[id]
-		if !ok || img == nil { // what is deleted was not attached: a stray
+		if !ok || img == nil {
 			return
 		}
 		var r attachRecord
-		if img.rec.dead() && (json.Unmarshal(t.Record, &r) != nil || r.Mode != ModeMerging) {
-			return // what is deleted was not attached
+		err := json.Unmarshal(t.Record, &r)
+		if img.rec.dead() && (err != nil || r.Mode != ModeMerging) {
+			return // what is deleted was not attached, but it may be merged: a stray
 		}
-		r = attachRecord{}
-		if err := json.Unmarshal(t.Record, &r); err != nil || r.Node == "" {
+		if err != nil || r.Node == "" {
 			// Somebody may be using the image, and it is not known who.
 			if img.broken == nil {
 				img.broken, img.badTag = fault.New(fault.Corrupt, "attachment %s cannot be read back", t.Name), true

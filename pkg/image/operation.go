@@ -237,3 +237,18 @@ func (m *Manager) Operations() []Operation {
 	slices.SortFunc(out, func(a, b Operation) int { return a.Started.Compare(b.Started) })
 	return out
 }
+
+// background runs fn as an operation that nobody waits for. One that runs
+// already under the key goes on alone.
+func (m *Manager) background(ctx context.Context, key, verb, name string, fn func(context.Context, *operation) error) {
+	op, mine, err := m.ops.start(m, key, verb, name, "")
+	if err != nil || !mine {
+		return
+	}
+	log := klog.FromContext(ctx)
+	go func() {
+		defer m.ops.wg.Done()
+		ctx := klog.NewContext(m.ctx, log)
+		m.finish(ctx, op, struct{}{}, fn(ctx, op))
+	}()
+}

@@ -297,3 +297,10 @@ func (d *domain) allocated(ctx context.Context, rec record, slab string) (n int6
 	}
 	return u.Used, true, nil
 }
+
+// measureAlloc notes in a record what its slab takes now, where that can be told.
+func (d *domain) measureAlloc(ctx context.Context, rec *record, slab string) {
+	if n, known, err := d.allocated(ctx, *rec, slab); err == nil && known {
+		rec.Alloc = max(n, 1)
+	}
+}
