@@ -2,8 +2,8 @@
 // of package engine, and every capability that an engine declares.
 //
 // An engine's test is a Harness and a call of Run. Each method of suite whose
-// name begins with Test is a test, on every engine, twice: as the engine is, and
-// under engine.Minimal.
+// name begins with Test is a test, on every engine, three times: as the engine is,
+// by the engine protocol over a socket, and under engine.Minimal.
 package enginetest
 
 import (
@@ -39,6 +39,14 @@ type Harness struct {
 // Run runs the suite.
 func Run(t *testing.T, h Harness) {
 	t.Run("native", func(t *testing.T) { suite{h}.run(t) })
+	t.Run("socket", func(t *testing.T) {
+		over := h
+		over.Domain = func(t testing.TB) func(t testing.TB) engine.Engine {
+			open := h.Domain(t)
+			return func(t testing.TB) engine.Engine { return overSocket(t, open(t)) }
+		}
+		suite{over}.run(t)
+	})
 	t.Run("minimal", func(t *testing.T) {
 		suite{Harness{Slow: h.Slow, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
 			open := h.Domain(t)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"strconv"
+	"strings"
 
 	"google.golang.org/genproto/googleapis/rpc/code"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
@@ -103,9 +104,12 @@ func ToStatus(err error) error {
 
 func put(m map[string]string, key, value string) {
 	if value != "" {
-		m[key] = value
+		m[key] = text(value)
 	}
 }
+
+// text is what a status can carry: valid UTF-8 only.
+func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
 
 func toStatus(err error) *status.Status {
 	var f *fault.Error
@@ -115,12 +119,14 @@ func toStatus(err error) *status.Status {
 			return status.New(s.Code(), s.Message())
 		}
 	}
-	return status.New(codeOf(fault.KindOf(err)), err.Error())
+	return status.New(codeOf(fault.KindOf(err)), text(err.Error()))
 }
 
 // FromStatus is the reverse of ToStatus: the error has the kind, operation,
 // domain, object and text that the peer gave it. A status without Quarry's
-// detail is read by its code alone. What is no status at all is returned as it is.
+// detail is read by its code alone, but for RESOURCE_EXHAUSTED: gRPC says that of
+// its own limits, and then nobody knows what was done, so that it is fault.Unavailable.
+// What is no status at all is returned as it is.
 func FromStatus(err error) error {
 	if err == nil {
 		return nil
@@ -134,6 +140,9 @@ func FromStatus(err error) error {
 		return err
 	}
 	out := &fault.Error{Kind: kindOf(s.Code()), Err: errors.New(s.Message())}
+	if out.Kind == fault.Exhausted {
+		out.Kind = fault.Unavailable
+	}
 	for _, d := range s.Details() {
 		info, ok := d.(*errdetails.ErrorInfo)
 		if !ok || info.GetDomain() != ErrorDomain {
