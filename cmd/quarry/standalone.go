@@ -59,9 +59,9 @@ func standalone(ctx context.Context, o *options) (err error) {
 	defer flush()
 	metrics := newMetrics()
 	agents := &node.Agents{}
-	manager := image.New(image.Config{
-		Installation: o.installation, Agents: agents, Mover: mover.New(mover.Options{}), Observe: metrics.observe,
-	})
+	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: agents}
+	manager := image.New(image.Config{Installation: o.installation, Agents: agents, Worker: worker, Observe: metrics.observe})
+	worker.Engines = manager.Engine
 	agent := node.New(node.Config{NodeID: o.nodeID, Manager: manager, Engines: manager.Engine, KubeletDir: o.kubeletDir})
 	agents.Set(agent)
 	metrics.watch(manager, agent)

@@ -12,24 +12,17 @@ import (
 // Reader lists what slabs hold and compares images; it is a part of Mover.
 // Nobody writes what it reads.
 type Reader interface {
-	// LayerExtents lists what the layer in a file or device of at least size bytes
+	// LayerExtents lists what the layer in a slab of at least size bytes
 	// holds of its image, in whole chunks: the last may reach past the image's end.
 	// fault.Corrupt: it is no layer, or the kernel gave it up.
-	LayerExtents(ctx context.Context, path string, size int64) ([]engine.Extent, error)
-	// DataExtents lists where the first size bytes of a file or device have data.
+	LayerExtents(ctx context.Context, p Place, size int64) ([]engine.Extent, error)
+	// DataExtents lists where the first size bytes of a slab have data.
 	// What cannot tell is data from begin to end.
-	DataExtents(ctx context.Context, path string, size int64) ([]engine.Extent, error)
+	DataExtents(ctx context.Context, p Place, size int64) ([]engine.Extent, error)
 	// Compare lists where in these ranges a and b differ, in blocks of 4 KiB. emit
 	// is called from time to time; its error ends the comparison. fault.Corrupt: a
 	// or b is shorter than its size.
 	Compare(ctx context.Context, a, b Content, ranges []engine.Extent, emit func([]engine.Extent) error) error
-}
-
-// Content is what an image holds: a file or device whose first Size bytes
-// count. Behind them it reads as zero, whatever is there.
-type Content struct {
-	Path string
-	Size int64 // bytes
 }
 
 // Allocated lists the parts of a snapshot that may hold something else than
@@ -149,15 +142,12 @@ func (m *Manager) changes(ctx context.Context, op *operation, base, target *imag
 func (m *Manager) compare(ctx context.Context, op *operation, base, target *image, ranges []engine.Extent, emit func([]engine.Extent) error) (err error) {
 	var sides [2]Content
 	for i, img := range []*image{base, target} {
-		path, release, err := m.attachForReading(ctx, img)
-		if err != nil {
+		if sides[i], err = m.content(ctx, img); err != nil {
 			return err
 		}
-		defer func() { err = errors.Join(err, release(context.WithoutCancel(ctx))) }()
-		sides[i] = Content{Path: path, Size: img.size()}
 	}
 	op.stepf("comparing %s with %s", target.id, base.id)
-	return m.cfg.Mover.Compare(ctx, sides[0], sides[1], ranges, emit)
+	return m.cfg.Worker.Compare(ctx, sides[0], sides[1], ranges, emit)
 }
 
 // blocksOf finds a snapshot whose blocks can be listed from byte `from` on.

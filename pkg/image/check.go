@@ -99,11 +99,11 @@ type layerOf struct{ id, slab string }
 // checkLayer looks whether the kernel has given a layer up. What cannot be
 // attached is no finding: the image's state tells.
 func (d *domain) checkLayer(ctx context.Context, l layerOf) error {
-	a, release, err := d.users.Attach(ctx, l.slab, engine.AttachOptions{ReadOnly: true})
-	if err != nil {
+	looked, err := d.m.cfg.Worker.CheckLayer(ctx, Place{d.id, l.slab})
+	if !looked {
 		return nil
 	}
-	return errors.Join(d.m.cfg.Mover.CheckLayer(ctx, a.Path), release(ctx, true))
+	return err
 }
 
 // mendLayer makes a layer that the kernel gave up usable again. The caller holds
@@ -113,12 +113,8 @@ func (d *domain) mendLayer(ctx context.Context, img *image) (string, error) {
 		return "", fault.New(fault.InUse, "the layer in slab %s is in use on %s: stop what uses image %s, detach it, and try again", img.slab, strings.Join(nodes, ", "), img.id)
 	}
 	rec, slab := img.snapshot()
-	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
+	n, err := d.m.cfg.Worker.RepairLayer(ctx, Place{d.id, slab}, rec.need())
 	if err != nil {
-		return "", fault.In(err, "attach", d.id, slab)
-	}
-	n, err := d.m.cfg.Mover.RepairLayer(ctx, a.Path, rec.need())
-	if err := errors.Join(err, release(ctx, true)); err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("the layer in slab %s is usable again: %d chunks of %s checked; check the filesystem on it, too", slab, n, bytesText(rec.Chunk)), nil

@@ -7,7 +7,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
@@ -184,12 +183,7 @@ func (d *domain) trimLayer(ctx context.Context, img *image) error {
 	if writable || rec.Chunk == 0 {
 		return nil
 	}
-	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
-	if err != nil {
-		return err
-	}
-	err = errors.Join(d.m.cfg.Mover.TrimLayer(ctx, a.Path, rec.need()), release(ctx, true))
-	if err != nil {
+	if err := d.m.cfg.Worker.TrimLayer(ctx, Place{d.id, slab}, rec.need()); err != nil {
 		return err
 	}
 	d.mu.Lock()
@@ -203,13 +197,9 @@ func (d *domain) trimLayer(ctx context.Context, img *image) error {
 	return d.commit(ctx, img, rec, slab)
 }
 
-// allocate takes the space of a layer's slab: see Mover.Allocate.
+// allocate takes the space of a layer's slab: see Worker.Allocate.
 func (d *domain) allocate(ctx context.Context, slab string, size int64) error {
-	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
-	if err != nil {
-		return fault.In(err, "attach", d.id, slab)
-	}
-	return errors.Join(d.m.cfg.Mover.Allocate(ctx, a.Path, size), release(ctx, true))
+	return d.m.cfg.Worker.Allocate(ctx, Place{d.id, slab}, size)
 }
 
 // Modify changes the parameters of a volume that may change: its Tuning (zero

@@ -36,7 +36,7 @@ func (m *Manager) allocation(ctx context.Context, img *image) ([]engine.Extent, 
 func (m *Manager) layers(ctx context.Context, images []*image) ([]engine.Extent, error) {
 	var lists [][]engine.Extent
 	for _, img := range images {
-		list, err := m.inSlab(ctx, img, m.cfg.Mover.LayerExtents)
+		list, err := m.inSlab(ctx, img, m.cfg.Worker.LayerExtents)
 		if err != nil {
 			return nil, err
 		}
@@ -54,17 +54,13 @@ func (m *Manager) data(ctx context.Context, img *image) ([]engine.Extent, error)
 			return clip(union(list), 0, img.size()), fault.In(err, "list the extents of", img.d.id, slab)
 		}
 	}
-	return m.inSlab(ctx, img, m.cfg.Mover.DataExtents)
+	return m.inSlab(ctx, img, m.cfg.Worker.DataExtents)
 }
 
 // inSlab asks about an image's own slab. The answer is cut to the image's size.
-func (m *Manager) inSlab(ctx context.Context, img *image, ask func(context.Context, string, int64) ([]engine.Extent, error)) (list []engine.Extent, err error) {
+func (m *Manager) inSlab(ctx context.Context, img *image, ask func(context.Context, Place, int64) ([]engine.Extent, error)) ([]engine.Extent, error) {
 	rec, slab := img.snapshot()
-	a, release, err := img.d.users.Attach(ctx, slab, engine.AttachOptions{ReadOnly: true})
-	if err == nil {
-		list, err = ask(ctx, a.Path, rec.need())
-		err = errors.Join(err, release(ctx, true))
-	}
+	list, err := ask(ctx, Place{img.d.id, slab}, rec.need())
 	return clip(list, 0, rec.Size), fault.In(err, "list the extents of", img.d.id, slab)
 }
 

@@ -188,7 +188,7 @@ func (d *domain) tooSlow(bytes int64, limit time.Duration) bool {
 
 // copySlab creates the slab spec of dst and copies src's content into it.
 // Nobody writes src meanwhile. checkpoint is told what is durable; nil: no checkpoints.
-func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64, checkpoint func(int64) error) (err error) {
+func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64, checkpoint func(int64) error) error {
 	defer src.read()()
 	rec, _ := src.snapshot()
 	if src.d == dst.d {
@@ -199,30 +199,22 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 	if err := dst.d.engine.CreateSlab(ctx, spec); err != nil {
 		return err
 	}
-	in, detach, err := m.attachForReading(ctx, src)
+	in, err := m.content(ctx, src)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, detach(context.WithoutCancel(ctx))) }()
-	out, release, err := dst.d.users.Attach(ctx, spec.ID, engine.AttachOptions{})
-	if err != nil {
-		return fault.In(err, "attach the target", dst.d.id, spec.ID)
-	}
-	defer func() { err = errors.Join(err, release(ctx, true)) }()
+	out := Place{dst.d.id, spec.ID}
 	rate := int64(0)
 	if made, _ := dst.snapshot(); made.Op == opFlatten { // nobody waits for it
 		rate = dst.d.cfg.BackgroundRate
 	}
 	if spec.Kind == engine.Tree {
-		err = m.cfg.Mover.CopyTree(ctx, in, out.Path, op.progress)
+		err = m.cfg.Worker.CopyTree(ctx, in, out, op.progress)
 	} else {
-		err = m.cfg.Mover.CopyBlock(ctx, in, out.Path, BlockCopy{Size: rec.Size, From: from, Rate: rate,
+		err = m.cfg.Worker.CopyBlock(ctx, in, out, BlockCopy{Size: rec.Size, From: from, Rate: rate,
 			DstZeroed: dst.d.desc.ZeroedSpace, Progress: op.progress, Checkpoint: checkpoint})
 	}
 	if err != nil {
-		return err
-	}
-	if err := release(ctx, true); err != nil {
 		return err
 	}
 	return dst.d.zero(ctx, op, spec.ID, spec.Kind, rec.Size, spec.Size)
@@ -235,11 +227,7 @@ func (d *domain) zero(ctx context.Context, op *operation, slab string, kind engi
 		return nil
 	}
 	op.stepf("zeroing %s", bytesText(to-from))
-	a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{})
-	if err != nil {
-		return fault.In(err, "attach", d.id, slab)
-	}
-	return errors.Join(d.m.cfg.Mover.Zero(ctx, a.Path, from, to), release(ctx, true))
+	return d.m.cfg.Worker.Zero(ctx, Place{d.id, slab}, from, to)
 }
 
 // errChanged is a source that was another one when it was cut than when the new

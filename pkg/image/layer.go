@@ -69,11 +69,7 @@ func (d *domain) overlay(ctx context.Context, op *operation, id string, size, ch
 	if err := d.engine.CreateSlab(ctx, spec); err != nil {
 		return err
 	}
-	a, release, err := d.users.Attach(ctx, id, engine.AttachOptions{})
-	if err != nil {
-		return fault.In(err, "attach the layer", d.id, id)
-	}
-	return errors.Join(d.m.cfg.Mover.FormatLayer(ctx, a.Path, min(spec.Size, allocateAtOnce), chunk), release(ctx, true))
+	return d.m.cfg.Worker.FormatLayer(ctx, Place{d.id, id}, min(spec.Size, allocateAtOnce), chunk)
 }
 
 // cutLayer makes the snapshot by a layer, up to and with the switch. The caller
@@ -280,34 +276,26 @@ func (m *Manager) cloneLayer(ctx context.Context, op *operation, src, dst *image
 	return how{reason: "layer"}, d.overlay(ctx, op, spec.ID, spec.Size, chunk, spec.Params)
 }
 
-// attachForReading gives the path of what an image holds, for a copy: its slab
-// where that is all, else a device that a node makes of its chain.
-func (m *Manager) attachForReading(ctx context.Context, img *image) (path string, release func(context.Context) error, err error) {
+// content is what an image holds, for a Worker to read: its slab where that is
+// all, else its chain, on a node that can make a device of it.
+func (m *Manager) content(ctx context.Context, img *image) (Content, error) {
 	d := img.d
 	rec, slab := img.snapshot()
+	c := Content{Place: Place{d.id, slab}, Size: rec.Size}
 	if rec.Parent == "" && rec.Chunk == 0 {
-		a, release, err := d.users.Attach(ctx, slab, engine.AttachOptions{ReadOnly: true})
-		if err != nil {
-			return "", nil, fault.In(err, "attach the source", d.id, slab)
-		}
-		return a.Path, func(ctx context.Context) error { return release(ctx, true) }, nil
+		return c, nil
 	}
-	node, agent, err := m.chainAgent(ctx, img)
+	node, _, err := m.chainAgent(ctx, img)
 	if err != nil {
-		return "", nil, fault.New(fault.Unavailable, "image %s is a chain of layers, and no node can read it now: %w", img.id, err)
+		return c, fault.New(fault.Unavailable, "image %s is a chain of layers, and no node can read it now: %w", img.id, err)
 	}
 	// Whoever copies a volume holds its lock; a snapshot counts its readers.
 	if err := m.stopMergesBelow(ctx, img, node, rec.Mutable); err != nil {
-		return "", nil, fault.In(err, "read the chain of", d.id, img.id)
+		return c, fault.In(err, "read the chain of", d.id, img.id)
 	}
 	st, err := d.staging(img, "")
-	if err != nil {
-		return "", nil, err
-	}
-	if path, err = agent.AttachImage(ctx, st); err != nil {
-		return "", nil, fault.In(err, "attach the source", d.id, img.id)
-	}
-	return path, func(ctx context.Context) error { return agent.DetachImage(ctx, st.Handle, path) }, nil
+	c.Node, c.Chain = node, &st
+	return c, err
 }
 
 // layTogether puts a layer over each member of a group, and lets their node

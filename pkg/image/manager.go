@@ -28,8 +28,8 @@ type Config struct {
 	Installation string
 	// Agents reach the nodes. Required.
 	Agents Agents
-	// Mover copies slabs by default. Required.
-	Mover Mover
+	// Worker does by default what the storage does not do natively. Required.
+	Worker Worker
 	// Observe is told of every operation that ended; may be nil. path is
 	// "native" or "default".
 	Observe func(op, domain, path string, took time.Duration, err error)
@@ -43,38 +43,57 @@ type Config struct {
 	CollectEvery time.Duration
 }
 
-// Mover copies slab contents; package mover has the real one.
-type Mover interface {
+// Place is where a slab is.
+type Place struct {
+	Domain string // its ID
+	Slab   string
+}
+
+// Content is what an image holds, to be read, while nobody changes it.
+type Content struct {
+	// Place of the slab, where that is all of the image.
+	Place
+	// Chain is what a device has to be made of, on Node; nil: the slab is all.
+	Chain *Staging
+	Node  string
+	// Size in bytes: what counts. Behind it the image reads as zero, whatever is there.
+	Size int64
+}
+
+// Worker works on the content of slabs, wherever these can be reached: in this
+// process (mover.Local), or on nodes. It attaches what it needs, and gives it back.
+type Worker interface {
 	Reader
-	// CopyBlock copies the file or device src to dst, both whole block slabs.
-	// It keeps holes, and dst is durable when it returns. fault.InUse: somebody
-	// else is still writing dst. fault.Corrupt: src is smaller than opts.Size.
-	CopyBlock(ctx context.Context, src, dst string, opts BlockCopy) error
-	// CopyTree makes the directory dst equal to src, content and metadata; dst
+	// CopyBlock copies a block slab. It keeps holes, and dst is durable when it
+	// returns. fault.InUse: somebody else is still writing dst. fault.Corrupt: src is
+	// smaller than its size.
+	CopyBlock(ctx context.Context, src Content, dst Place, opts BlockCopy) error
+	// CopyTree makes the tree dst equal to src, content and metadata; dst
 	// may hold an earlier, incomplete copy. It is durable when it returns.
-	CopyTree(ctx context.Context, src, dst string, progress func(done, total int64)) error
-	// Zero makes bytes from to to of a file or device read as zero, durably.
-	Zero(ctx context.Context, path string, from, to int64) error
-	// FormatLayer makes a file or device an empty layer, durably, whatever it held
+	CopyTree(ctx context.Context, src Content, dst Place, progress func(done, total int64)) error
+	// Zero makes bytes from to to of a block slab read as zero, durably.
+	Zero(ctx context.Context, p Place, from, to int64) error
+	// FormatLayer makes a slab an empty layer, durably, whatever it held
 	// before. It takes the space of its first size bytes, as Allocate does. All in bytes.
-	FormatLayer(ctx context.Context, path string, size, chunk int64) error
-	// Allocate takes the space of the first size bytes of a file, where the storage
+	FormatLayer(ctx context.Context, p Place, size, chunk int64) error
+	// Allocate takes the space of the first size bytes of a slab, where the storage
 	// can, so that no write to it finds the storage full. It changes nothing that
-	// can be read, and the file may be in use. fault.Exhausted: there is not so much.
-	Allocate(ctx context.Context, path string, size int64) error
-	// TrimLayer gives back the space of a layer of size bytes, a file, that nobody
+	// can be read, and the slab may be in use. fault.Exhausted: there is not so much.
+	Allocate(ctx context.Context, p Place, size int64) error
+	// TrimLayer gives back the space of a layer of size bytes that nobody
 	// writes to, behind what it holds. It may be read meanwhile.
-	TrimLayer(ctx context.Context, path string, size int64) error
+	TrimLayer(ctx context.Context, p Place, size int64) error
 	// CheckLayer looks at a layer, which may be in use: fault.Corrupt says that it is
-	// none, or that the kernel has given it up after a failed write.
-	CheckLayer(ctx context.Context, path string) error
+	// none, or that the kernel has given it up after a failed write. looked is false
+	// where it could not even be attached.
+	CheckLayer(ctx context.Context, p Place) (looked bool, err error)
 	// RepairLayer makes a layer of size bytes, which must not be in use, usable
 	// again if all that it says of itself fits together, and returns how many
 	// chunks it holds. fault.Corrupt: it does not; nothing was changed.
-	RepairLayer(ctx context.Context, path string, size int64) (chunks int64, err error)
+	RepairLayer(ctx context.Context, p Place, size int64) (chunks int64, err error)
 }
 
-// BlockCopy are the options of Mover.CopyBlock.
+// BlockCopy are the options of Worker.CopyBlock.
 type BlockCopy struct {
 	// Size of src to copy, in bytes.
 	Size int64
@@ -82,7 +101,7 @@ type BlockCopy struct {
 	From int64
 	// DstZeroed says that dst reads as zero from From on, where it was not written.
 	DstZeroed bool
-	// Rate limits the copy to so many bytes per second; 0: no limit but the Mover's own.
+	// Rate limits the copy to so many bytes per second; 0: no limit but the Worker's own.
 	Rate int64
 	// Progress is told bytes done of total; may be nil.
 	Progress func(done, total int64)

@@ -118,7 +118,9 @@ func (r *rig) start() *rig {
 	if r.mapAgents != nil {
 		asked = r.mapAgents
 	}
-	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Mover: mover.New(mover.Options{}), Now: r.clock.Now, CollectEvery: -1})
+	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: asked}
+	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Worker: worker, Now: r.clock.Now, CollectEvery: -1})
+	worker.Engines = r.Engine
 	for name, path := range r.dirs {
 		e, err := dir.Open(r.ctx, map[string]string{"path": path}, host.Exec{})
 		r.must(err)

@@ -320,10 +320,6 @@ type ChainAgent interface {
 	Merge(ctx context.Context, chain Staging) (Merging, error)
 	// StopMerge stops Merge; the chain is as good as before. What does not run is success.
 	StopMerge(ctx context.Context, chain Staging) error
-	// AttachImage gives the path of a private read-only device over a chain,
-	// for copies. DetachImage takes it away.
-	AttachImage(ctx context.Context, chain Staging) (path string, err error)
-	DetachImage(ctx context.Context, h Handle, path string) error
 }
 
 // Merging says how far a merge is.

@@ -10,7 +10,6 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
-	"github.com/quarry-csi/quarry/pkg/image"
 )
 
 // compareUnit is the block in which a difference is told: the page size of most
@@ -20,9 +19,9 @@ const compareUnit = 4096
 // Compare implements image.Reader. Blocks begin at multiples of their size; those
 // at the ends of a range are cut. Ranges are in order and do not overlap, and so
 // are the differences, which do not touch either.
-func (m *Mover) Compare(ctx context.Context, a, b image.Content, ranges []engine.Extent, emit func([]engine.Extent) error) error {
+func (m *Mover) Compare(ctx context.Context, a, b Side, ranges []engine.Extent, emit func([]engine.Extent) error) error {
 	var sides [2]*side
-	for i, c := range []image.Content{a, b} {
+	for i, c := range []Side{a, b} {
 		s, err := openSized(c.Path, c.Size)
 		if err != nil {
 			return err

@@ -16,11 +16,10 @@ import (
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest"
-	"github.com/quarry-csi/quarry/pkg/image"
 )
 
 // gather compares, and checks that what is told is in order and does not touch.
-func gather(t testing.TB, m *Mover, a, b image.Content, ranges ...engine.Extent) ([]engine.Extent, error) {
+func gather(t testing.TB, m *Mover, a, b Side, ranges ...engine.Extent) ([]engine.Extent, error) {
 	t.Helper()
 	var out []engine.Extent
 	err := m.Compare(context.Background(), a, b, ranges, func(list []engine.Extent) error {
@@ -97,7 +96,7 @@ func TestDifferencesAreToldToTheBlock(t *testing.T) {
 			}
 		}
 		var got []engine.Extent
-		err := m.Compare(context.Background(), image.Content{Path: a, Size: shorter}, image.Content{Path: b, Size: size}, ranges, func(list []engine.Extent) error {
+		err := m.Compare(context.Background(), Side{Path: a, Size: shorter}, Side{Path: b, Size: size}, ranges, func(list []engine.Extent) error {
 			got = append(got, list...)
 			return nil
 		})
@@ -115,7 +114,7 @@ func TestADeviceIsComparedWithAFile(t *testing.T) {
 	write(t, b, mib+4096, []byte("something else"))
 	dev := loopDevice(t, b)
 	want := []engine.Extent{{Offset: mib + 4096, Length: 4096}}
-	got, err := gather(t, New(Options{}), image.Content{Path: a, Size: layoutSize}, image.Content{Path: dev, Size: layoutSize}, everything(layoutSize))
+	got, err := gather(t, New(Options{}), Side{Path: a, Size: layoutSize}, Side{Path: dev, Size: layoutSize}, everything(layoutSize))
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v", got, err)
 	}
@@ -135,7 +134,7 @@ func TestAComparisonThatIsStoppedLeavesNothingOpen(t *testing.T) {
 	for off := int64(0); off < 8*mib; off += 100 << 10 {
 		write(t, b, alignDown(off, 4096), data[alignDown(off, 4096):][:4096])
 	}
-	ca, cb := image.Content{Path: a, Size: 8 * mib}, image.Content{Path: b, Size: 8 * mib}
+	ca, cb := Side{Path: a, Size: 8 * mib}, Side{Path: b, Size: 8 * mib}
 	calls := 0
 	stop := errors.New("enough")
 	err = m.Compare(t.Context(), ca, cb, []engine.Extent{everything(8 * mib)}, func([]engine.Extent) error { calls++; return stop })
@@ -174,11 +173,11 @@ func TestWhatCannotBeListedOrComparedSaysWhy(t *testing.T) {
 			"data":  func() error { _, err := m.DataExtents(t.Context(), c.path, c.size); return err },
 			"layer": func() error { _, err := m.LayerExtents(t.Context(), c.path, c.size); return err },
 			"a": func() error {
-				_, err := gather(t, m, image.Content{Path: c.path, Size: c.size}, image.Content{Path: file}, everything(mib))
+				_, err := gather(t, m, Side{Path: c.path, Size: c.size}, Side{Path: file}, everything(mib))
 				return err
 			},
 			"b": func() error {
-				_, err := gather(t, m, image.Content{Path: file}, image.Content{Path: c.path, Size: c.size}, everything(mib))
+				_, err := gather(t, m, Side{Path: file}, Side{Path: c.path, Size: c.size}, everything(mib))
 				return err
 			},
 		}

@@ -10,7 +10,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
-// FormatLayer implements image.Mover: it makes path an empty layer, after its
+// FormatLayer implements Files: it makes path an empty layer, after its
 // space is taken. fault.Exhausted: the storage has not so much.
 func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64) error {
 	d, err := openTarget(path)
@@ -24,7 +24,7 @@ func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64)
 	return layer.Format(d.file(), chunk)
 }
 
-// Allocate implements image.Mover.
+// Allocate implements Files.
 func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
 	d, err := openStore(path, unix.O_RDWR) // not locked: a node that attaches the file waits for its lock
 	if err != nil {
@@ -37,7 +37,7 @@ func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
 	return sysErr(retry(func() error { return unix.Fsync(d.fd) }), "flush", path)
 }
 
-// TrimLayer implements image.Mover.
+// TrimLayer implements Files.
 func (m *Mover) TrimLayer(ctx context.Context, path string, size int64) error {
 	d, err := openStore(path, unix.O_RDWR)
 	if err != nil {
@@ -72,7 +72,7 @@ func (m *Mover) TrimLayer(ctx context.Context, path string, size int64) error {
 	return sysErr(err, "give back the space of", path)
 }
 
-// CheckLayer implements image.Mover.
+// CheckLayer implements Files.
 func (m *Mover) CheckLayer(_ context.Context, path string) error {
 	d, err := openSource(path)
 	if err != nil {
@@ -86,7 +86,7 @@ func (m *Mover) CheckLayer(_ context.Context, path string) error {
 	return err
 }
 
-// RepairLayer implements image.Mover.
+// RepairLayer implements Files.
 func (m *Mover) RepairLayer(_ context.Context, path string, size int64) (int64, error) {
 	d, err := openTarget(path)
 	if err != nil {

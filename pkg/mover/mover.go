@@ -53,7 +53,7 @@ type Mover struct {
 	throttle *throttle
 }
 
-var _ image.Mover = (*Mover)(nil)
+var _ Files = (*Mover)(nil)
 
 // New makes a Mover.
 func New(o Options) *Mover {
@@ -84,13 +84,13 @@ const (
 	ReadWrite Way = "read-write"      // through this process
 )
 
-// CopyBlock implements image.Mover: see Block.
+// CopyBlock implements Files: see Block.
 func (m *Mover) CopyBlock(ctx context.Context, src, dst string, opts image.BlockCopy) error {
 	_, err := m.Block(ctx, src, dst, opts)
 	return err
 }
 
-// CopyTree implements image.Mover: see Tree.
+// CopyTree implements Files: see Tree.
 func (m *Mover) CopyTree(ctx context.Context, src, dst string, progress func(done, total int64)) error {
 	_, err := m.Tree(ctx, src, dst, progress)
 	return err

@@ -12,7 +12,6 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest"
-	"github.com/quarry-csi/quarry/pkg/image"
 )
 
 func reflink(t testing.TB, from, to string) {
@@ -82,13 +81,13 @@ func TestWhatReflinkCopiesShareIsNotRead(t *testing.T) {
 				t.Errorf("%d bytes are read", left)
 			}
 			m := New(Options{})
-			got, err := gather(t, m, image.Content{Path: a, Size: size}, image.Content{Path: b, Size: size}, all...)
+			got, err := gather(t, m, Side{Path: a, Size: size}, Side{Path: b, Size: size}, all...)
 			if err != nil || !slices.Equal(got, want) {
 				t.Errorf("%v, %v; want %v", got, err, want)
 			}
 			// What lies behind the end of one is not what the other has there.
 			cut := engine.Extent{Offset: 10 * mib, Length: data - 10*mib}
-			got, err = gather(t, m, image.Content{Path: a, Size: cut.Offset}, image.Content{Path: b, Size: size}, all...)
+			got, err = gather(t, m, Side{Path: a, Size: cut.Offset}, Side{Path: b, Size: size}, all...)
 			if err != nil || !slices.Contains(got, cut) {
 				t.Errorf("%v, %v; want %v among them", got, err, cut)
 			}

@@ -9,7 +9,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
-// Zero implements image.Mover: it makes bytes from to to of the file or device
+// Zero implements Files: it makes bytes from to to of the file or device
 // path read as zero, without writing them where the storage can do that, and
 // flushes. The errors are those of Block.
 func (m *Mover) Zero(ctx context.Context, path string, from, to int64) error {

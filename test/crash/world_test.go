@@ -115,7 +115,7 @@ func shm(t *testing.T) string {
 
 // resumes counts the copies that began in the middle.
 type resumes struct {
-	image.Mover
+	mover.Files
 	mu    sync.Mutex
 	count int
 	// from is where the last one began, durable what the last checkpoint sealed.
@@ -153,7 +153,7 @@ func (r *resumes) CopyBlock(ctx context.Context, src, dst string, o image.BlockC
 			return nil
 		}
 	}
-	return r.Mover.CopyBlock(ctx, src, dst, o)
+	return r.Files.CopyBlock(ctx, src, dst, o)
 }
 
 func (r *resumes) n() int {
@@ -190,7 +190,7 @@ type world struct {
 func newWorld(t testing.TB, s storage, layout image.Layout) *world {
 	w := &world{t: t, ctx: t.Context(), kind: s, layout: layout, dirs: map[string]string{},
 		clock: &clock{now: time.UnixMilli(1_700_000_000_000)},
-		mover: &resumes{Mover: mover.New(mover.Options{Workers: 2, Buffer: 32 * kib, CheckpointEvery: 64 * kib})}}
+		mover: &resumes{Files: mover.New(mover.Options{Workers: 2, Buffer: 32 * kib, CheckpointEvery: 64 * kib})}}
 	for _, d := range []string{"a", "b"} {
 		path, err := os.MkdirTemp(s.root, "world-"+d+"-")
 		w.must(err)
@@ -242,7 +242,9 @@ func (w *world) tryLaunch(c *control) (process, error) {
 	if w.kernel != nil {
 		agents = chainAgents{w.kernel, p.control}
 	}
-	p.Manager = image.New(image.Config{Installation: "test", Agents: agents, Mover: w.mover, Now: w.clock.Now, LookEvery: time.Millisecond, CollectEvery: -1})
+	worker := &mover.Local{Files: w.mover, Agents: agents}
+	p.Manager = image.New(image.Config{Installation: "test", Agents: agents, Worker: worker, Now: w.clock.Now, LookEvery: time.Millisecond, CollectEvery: -1})
+	worker.Engines = p.Engine
 	for _, name := range []string{"a", "b"} {
 		e, err := dir.Open(w.ctx, map[string]string{"path": w.dirs[name]}, host.Exec{})
 		w.must(err)

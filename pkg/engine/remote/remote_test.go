@@ -32,7 +32,9 @@ type fake struct {
 	create        func(ctx context.Context, spec engine.SlabSpec) error
 }
 
-func (f *fake) CreateSlab(ctx context.Context, spec engine.SlabSpec) error { return f.create(ctx, spec) }
+func (f *fake) CreateSlab(ctx context.Context, spec engine.SlabSpec) error {
+	return f.create(ctx, spec)
+}
 
 func (f *fake) ListTags(context.Context, string) ([]engine.Tag, error) { return f.tags, nil }
 
@@ -236,7 +238,9 @@ type liar struct {
 	path     string
 }
 
-func (l *liar) Open(context.Context, *enginepb.OpenRequest) (*enginepb.OpenResponse, error) { return l.open, nil }
+func (l *liar) Open(context.Context, *enginepb.OpenRequest) (*enginepb.OpenResponse, error) {
+	return l.open, nil
+}
 
 func (l *liar) Describe(context.Context, *enginepb.DescribeRequest) (*enginepb.DescribeResponse, error) {
 	return l.describe, nil

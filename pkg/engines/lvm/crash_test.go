@@ -88,8 +88,9 @@ type world struct {
 func (w *world) start(at int, after bool) error {
 	_, err := os.Stat("/sys/class/misc/device-mapper")
 	w.engine = &dying{Engine: w.group.open(w.t, host.Exec{}), at: at, after: after, zeroed: err != nil}
-	w.Manager = image.New(image.Config{Installation: "test", Agents: noAgents{}, Mover: mover.New(mover.Options{Workers: 1}),
-		Now: func() time.Time { return w.now }, CollectEvery: -1})
+	worker := &mover.Local{Files: mover.New(mover.Options{Workers: 1}), Agents: noAgents{}}
+	w.Manager = image.New(image.Config{Installation: "test", Agents: noAgents{}, Worker: worker, Now: func() time.Time { return w.now }, CollectEvery: -1})
+	worker.Engines = w.Engine
 	_, err = w.AddDomain(w.t.Context(), image.DomainConfig{Name: "a", Engine: "lvm", Scope: image.ScopeShared, Overcommit: 1}, w.engine)
 	return err
 }

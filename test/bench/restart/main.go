@@ -149,7 +149,9 @@ func fill(ctx context.Context, path string, images int) error {
 	if err != nil {
 		return err
 	}
-	m := image.New(image.Config{Installation: rig.Installation, Agents: &node.Agents{}, Mover: mover.New(mover.Options{}), CollectEvery: -1})
+	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: &node.Agents{}}
+	m := image.New(image.Config{Installation: rig.Installation, Agents: worker.Agents, Worker: worker, CollectEvery: -1})
+	worker.Engines = m.Engine
 	id, err := m.AddDomain(ctx, image.DomainConfig{Name: "d", Engine: "dir", Scope: image.ScopeNode, Node: rig.Node, Overcommit: 100}, engine)
 	if err != nil {
 		return errors.Join(err, engine.Close())
