@@ -299,7 +299,7 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	st.Handle = h
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	a.told++
+	a.told = m.tellings.Add(1)
 	st.Told = a.told
 	a.Staged, a.building = true, true
 	return st, nil
@@ -362,7 +362,42 @@ func (m *Manager) Formatted(ctx context.Context, h Handle, node, filesystem stri
 	return d.commit(ctx, img, rec, slab)
 }
 
-// Unstaged tells that a node has taken everything of an image down.
-func (m *Manager) Unstaged(_ context.Context, h Handle, node string) error {
-	return m.told(h, node, func(a *attachment) { a.Staged, a.building = false, false })
+// Outline is what a node that has an image in use asks about it.
+type Outline struct {
+	Size  int64     // bytes that users see
+	Slabs []SlabRef // from head to base
+	// Told is for Unstaged.
+	Told int64
+}
+
+// Outline of an image, for a node. A broken chain is as long as it can be followed.
+func (m *Manager) Outline(_ context.Context, h Handle, node string) (Outline, error) {
+	img, err := m.find(h)
+	if err != nil {
+		return Outline{}, err
+	}
+	v := m.view(img)
+	o := Outline{Size: v.Size, Slabs: v.Chain}
+	img.d.mu.Lock()
+	defer img.d.mu.Unlock()
+	if a := img.attached[node]; a != nil {
+		o.Told = a.told
+	}
+	return o, nil
+}
+
+// Unstaged tells that a node has taken everything of an image down. told is what
+// Outline said before the node began with that: the message may be late, and the image
+// be staged once more. fault.Conflict: it was.
+func (m *Manager) Unstaged(_ context.Context, h Handle, node string, told int64) error {
+	late := false
+	err := m.told(h, node, func(a *attachment) {
+		if late = a.told != told; !late {
+			a.Staged, a.building = false, false
+		}
+	})
+	if err == nil && late {
+		return fault.New(fault.Conflict, "image %s was staged on node %s meanwhile: unstage it again", h, node)
+	}
+	return err
 }

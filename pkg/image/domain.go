@@ -97,8 +97,8 @@ type oldRevision struct {
 type attachment struct {
 	Attachment
 	tag string
-	// told counts the chains that the node was told. building: it may not have
-	// built the last one yet; see Built.
+	// told is the number of the last chain that the node was told, or 0. building: it may
+	// not have built that one yet; see Built.
 	told     int64
 	building bool
 }

@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"k8s.io/klog/v2"
@@ -117,6 +119,8 @@ type Manager struct {
 	cancel context.CancelFunc
 	ops    operations
 	loops  sync.WaitGroup
+	// tellings numbers the chains that nodes are told, differently in each process.
+	tellings atomic.Int64
 
 	mu       sync.Mutex
 	domains  map[string]*domain // by ID and by alias
@@ -137,8 +141,10 @@ func New(cfg Config) *Manager {
 		cfg.CollectEvery = 30 * time.Second
 	}
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Manager{cfg: cfg, ctx: ctx, cancel: cancel, ops: operations{byKey: map[string]*operation{}},
+	m := &Manager{cfg: cfg, ctx: ctx, cancel: cancel, ops: operations{byKey: map[string]*operation{}},
 		domains: map[string]*domain{}, unopened: map[string]unopened{}}
+	m.tellings.Store(rand.Int64N(1 << 62))
+	return m
 }
 
 // AddDomain opens a domain: it claims a new epoch, indexes the domain and

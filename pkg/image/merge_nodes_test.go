@@ -114,7 +114,7 @@ func TestAMergeBelowAVolumeThatMovesToAnotherNode(t *testing.T) {
 			t.Fatal("no merge begins")
 		}
 	}
-	r.must(r.Unstaged(r.ctx, v.Handle, "n1"))
+	r.unstaged(v, "n1")
 	r.must(r.Detach(r.ctx, v.Handle, "n1"))
 	stage("n2")
 	if on := nodes.on(); on == "n1" {

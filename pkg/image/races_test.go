@@ -200,7 +200,7 @@ func TestAMergeOutlivesItsUsersAndItsManager(t *testing.T) {
 	r.must(r.DeleteSnapshot(r.ctx, s1.Handle))
 	r.must(r.Collect(r.ctx))
 	r.until("a merge", func() bool { return n.on() == "n1" })
-	r.must(r.Unstaged(r.ctx, v.Handle, "n1"))
+	r.unstaged(v, "n1")
 	r.must(r.Detach(r.ctx, v.Handle, "n1"))
 	next := n.takeover(r)
 	r.stageOn(v, "n2")
@@ -495,4 +495,35 @@ func TestAHalfMadeSnapshotWaitsForNobody(t *testing.T) {
 	r.is(err, fault.Pending)
 	close(out)
 	r.must(<-modified)
+}
+
+// TestALateWordThatAnImageWasUnstagedCountsForNothing: over a link, a message may
+// arrive when the image is in use once more. Its chain would be changed below it.
+func TestALateWordThatAnImageWasUnstagedCountsForNothing(t *testing.T) {
+	r := newRig(t, "a").start()
+	defer r.Close()
+	v := r.volume("v", "a", 1<<20)
+	r.stageOn(v, "n1")
+	first, err := r.Outline(r.ctx, v.Handle, "n1")
+	r.must(err)
+	if first.Told == 0 || first.Size != v.Size || len(first.Slabs) != 1 {
+		t.Errorf("outline %+v", first)
+	}
+	r.must(r.Unstaged(r.ctx, v.Handle, "n1", first.Told))
+	at, err := r.Get(r.ctx, v.Handle)
+	r.must(err)
+	if at.Attachments[0].Staged {
+		t.Error("unstaged, and still said to be staged")
+	}
+	if _, err := r.Stage(r.ctx, v.Handle, "n1", at.Attachments[0].Generation); err != nil {
+		t.Fatal(err)
+	}
+	for _, late := range []int64{first.Told, 0} {
+		if err := r.Unstaged(r.ctx, v.Handle, "n1", late); !errors.Is(err, fault.Conflict) {
+			t.Errorf("a late word: %v", err)
+		}
+	}
+	if at, err = r.Get(r.ctx, v.Handle); err != nil || !at.Attachments[0].Staged {
+		t.Errorf("staged again, and a late word undid that: %+v, %v", at.Attachments, err)
+	}
 }

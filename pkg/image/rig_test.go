@@ -256,3 +256,11 @@ func (r *rig) empty(domain string) {
 		r.t.Fatalf("left behind in %s: slabs %v, tags %v", domain, s, t)
 	}
 }
+
+// unstaged says what a node says when it has taken an image down.
+func (r *rig) unstaged(img image.Image, node string) {
+	r.t.Helper()
+	o, err := r.Outline(r.ctx, img.Handle, node)
+	r.must(err)
+	r.must(r.Unstaged(r.ctx, img.Handle, node, o.Told))
+}

@@ -33,7 +33,7 @@ func (n *Node) expand(ctx context.Context, h image.Handle, path string, size int
 	defer unlock()
 	ctx = context.WithoutCancel(ctx)
 
-	im, err := n.cfg.Manager.Get(ctx, h)
+	im, err := n.cfg.Manager.Outline(ctx, h, n.cfg.NodeID)
 	if err != nil {
 		return 0, err
 	}

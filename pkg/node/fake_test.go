@@ -71,24 +71,24 @@ func (m *manager) Formatted(_ context.Context, h image.Handle, _, filesystem str
 
 func (m *manager) Built(context.Context, image.Handle, string, int64) error { return nil }
 
-func (m *manager) Unstaged(_ context.Context, h image.Handle, _ string) error {
+func (m *manager) Unstaged(_ context.Context, h image.Handle, _ string, _ int64) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.unstaged[h]++
 	return m.down
 }
 
-func (m *manager) Get(_ context.Context, h image.Handle) (image.Image, error) {
+func (m *manager) Outline(_ context.Context, h image.Handle, _ string) (image.Outline, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.down != nil {
-		return image.Image{}, m.down
+		return image.Outline{}, m.down
 	}
 	st, ok := m.images[h]
 	if !ok {
-		return image.Image{}, fault.New(fault.NotFound, "no image %s", h)
+		return image.Outline{}, fault.New(fault.NotFound, "no image %s", h)
 	}
-	return image.Image{Handle: h, Size: st.Size - st.Crypt, Slab: st.Slabs[0].ID, Chain: st.Slabs, Layout: st.Layout}, nil
+	return image.Outline{Size: st.Size - st.Crypt, Slabs: st.Slabs}, nil
 }
 
 // files is an engine of which a node needs only attaching.

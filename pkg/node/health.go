@@ -153,7 +153,7 @@ func ext4Errors(device string) string {
 
 // examineSlab looks at an image that is not staged.
 func (n *Node) examineSlab(ctx context.Context, h image.Handle) ([]Condition, error) {
-	im, err := n.cfg.Manager.Get(ctx, h)
+	im, err := n.cfg.Manager.Outline(ctx, h, n.cfg.NodeID)
 	if errors.Is(err, fault.Unavailable) {
 		return []Condition{{Inaccessible, "DomainUnavailable", err.Error()}}, nil
 	}
@@ -165,8 +165,8 @@ func (n *Node) examineSlab(ctx context.Context, h image.Handle) ([]Condition, er
 		return []Condition{{Inaccessible, "DomainUnavailable", err.Error()}}, nil
 	}
 	var out []Condition
-	err = n.host.Within(ctx, "examine slab "+slabKey(h.Domain, im.Slab), examineTimeout, func() (err error) {
-		out, err = n.lookAt(context.WithoutCancel(ctx), e, im)
+	err = n.host.Within(ctx, "examine slab "+slabKey(h.Domain, im.Slabs[0].ID), examineTimeout, func() (err error) {
+		out, err = n.lookAt(context.WithoutCancel(ctx), e, h, im.Slabs[0].ID, im.Size)
 		return err
 	})
 	if errors.Is(err, fault.Unavailable) || errors.Is(err, fault.Deadline) {
@@ -179,23 +179,23 @@ func (n *Node) examineSlab(ctx context.Context, h image.Handle) ([]Condition, er
 }
 
 // lookAt attaches a slab, looks, and detaches it again.
-func (n *Node) lookAt(ctx context.Context, e *engine.Users, im image.Image) ([]Condition, error) {
-	unlock, held := n.tryLock(im.Handle)
+func (n *Node) lookAt(ctx context.Context, e *engine.Users, h image.Handle, slab string, size int64) ([]Condition, error) {
+	unlock, held := n.tryLock(h)
 	if held != nil {
 		return nil, nil // it is just being staged, which finds out the same
 	}
-	l := n.beginLook(im.Handle, im.Slab)
+	l := n.beginLook(h, slab)
 	unlock()
 	if l == nil {
 		return nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, examineTimeout)
 	defer cancel()
-	a, release, attachErr := e.Attach(ctx, im.Slab, engine.AttachOptions{ReadOnly: true})
+	a, release, attachErr := e.Attach(ctx, slab, engine.AttachOptions{ReadOnly: true})
 	var out []Condition
 	switch {
 	case attachErr == nil:
-		out = n.compare(ctx, a.Path, im.Size)
+		out = n.compare(ctx, a.Path, size)
 	case errors.Is(attachErr, fault.NotFound):
 		out = []Condition{{DataLoss, "SlabMissing", attachErr.Error()}}
 	case errors.Is(attachErr, fault.Corrupt):
@@ -203,7 +203,7 @@ func (n *Node) lookAt(ctx context.Context, e *engine.Users, im image.Image) ([]C
 	default:
 		out = []Condition{{Inaccessible, "StorageNotResponding", attachErr.Error()}}
 	}
-	mine, err := n.endLook(l, im.Handle, im.Slab, func() error {
+	mine, err := n.endLook(l, h, slab, func() error {
 		if attachErr != nil {
 			return nil
 		}

@@ -31,8 +31,8 @@ type Manager interface {
 	Stage(ctx context.Context, h image.Handle, node string, generation int64) (image.Staging, error)
 	Formatted(ctx context.Context, h image.Handle, node, filesystem string) error
 	Built(ctx context.Context, h image.Handle, node string, told int64) error
-	Unstaged(ctx context.Context, h image.Handle, node string) error
-	Get(ctx context.Context, h image.Handle) (image.Image, error)
+	Outline(ctx context.Context, h image.Handle, node string) (image.Outline, error)
+	Unstaged(ctx context.Context, h image.Handle, node string, told int64) error
 }
 
 // Config of a Node.

@@ -155,7 +155,7 @@ func (n *Node) giveUp(ctx context.Context, h image.Handle, err error) error {
 			return remains(err)
 		}
 	}
-	if derr := n.detachSlabs(ctx, h); derr != nil && !errors.Is(derr, fault.NotFound) {
+	if derr := n.detachSlabs(ctx, h, nil); derr != nil && !errors.Is(derr, fault.NotFound) {
 		klog.FromContext(ctx).Error(derr, "Detaching the slabs of a failed staging; unstaging will try again", "image", h)
 		return remains(err)
 	}

@@ -31,6 +31,8 @@ func (n *Node) unstage(ctx context.Context, h image.Handle, staging string) erro
 	defer unlock()
 	ctx = context.WithoutCancel(ctx)
 
+	// Asked before anything is taken down; that is also done where nobody answers.
+	outline, outlineErr := n.cfg.Manager.Outline(ctx, h, n.cfg.NodeID)
 	s, err := n.find(ctx, h)
 	if err != nil {
 		return err
@@ -59,11 +61,17 @@ func (n *Node) unstage(ctx context.Context, h image.Handle, staging string) erro
 			return err
 		}
 	}
-	if err := n.detachSlabs(ctx, h); err != nil {
+	if err := n.detachSlabs(ctx, h, outline.Slabs); err != nil {
 		return err
 	}
-	err = n.cfg.Manager.Unstaged(ctx, h, n.cfg.NodeID)
-	if errors.Is(err, fault.NotFound) { // nobody is left to be told
+	if errors.Is(outlineErr, fault.NotFound) { // nobody is left to be told
+		return nil
+	}
+	if outlineErr != nil {
+		return outlineErr
+	}
+	err = n.cfg.Manager.Unstaged(ctx, h, n.cfg.NodeID, outline.Told)
+	if errors.Is(err, fault.NotFound) {
 		return nil
 	}
 	return err
@@ -94,20 +102,14 @@ func (n *Node) unmountStaged(ctx context.Context, h image.Handle, s state, stagi
 	return nil
 }
 
-// detachSlabs tells the engine that the slabs are no longer used here.
-func (n *Node) detachSlabs(ctx context.Context, h image.Handle) error {
+// detachSlabs tells the engine that the slabs are no longer used here: those that
+// this process attached, else, where another process staged the image, the recorded.
+func (n *Node) detachSlabs(ctx context.Context, h image.Handle, recorded []image.SlabRef) error {
 	n.mu.Lock()
 	slabs := n.slabs[h]
 	n.mu.Unlock()
-	if slabs == nil { // another process staged it
-		im, err := n.cfg.Manager.Get(ctx, h)
-		if errors.Is(err, fault.NotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		slabs = im.Chain
+	if slabs == nil {
+		slabs = recorded
 	}
 	if len(slabs) > 0 {
 		e, err := n.cfg.Engines(h.Domain)

@@ -360,7 +360,7 @@ func TestALayerThatTheKernelGaveUp(t *testing.T) {
 	if _, err := w.Fix(w.ctx, *finding); !errors.Is(err, fault.InUse) {
 		w.fatalf("mending a layer in use: %v", err)
 	}
-	w.must(w.Unstaged(w.ctx, v.Handle, "n1"))
+	w.unstaged(v.Handle)
 	w.must(w.Detach(w.ctx, v.Handle, "n1"))
 	if _, err := w.Fix(w.ctx, *finding); err != nil {
 		w.fatalf("mending: %v", err)
@@ -407,7 +407,7 @@ func TestAMergeLeavesAnAttachmentAlone(t *testing.T) {
 	a, err := w.Attach(w.ctx, v.Handle, "n1", w.access()[0], false)
 	w.must(err)
 	w.kernel.unstage(v.Handle)
-	w.must(w.Unstaged(w.ctx, v.Handle, "n1"))
+	w.unstaged(v.Handle)
 	w.must(w.DeleteSnapshot(w.ctx, s1.Handle))
 	w.must(w.collect())
 	st, err := w.Stage(w.ctx, v.Handle, "n1", a.Generation)

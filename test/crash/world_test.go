@@ -228,6 +228,14 @@ func (w *world) must(err error) {
 	}
 }
 
+// unstaged says what the node says when it has taken a volume down.
+func (w *world) unstaged(h image.Handle) {
+	w.t.Helper()
+	o, err := w.Outline(w.ctx, h, "n1")
+	w.must(err)
+	w.must(w.Unstaged(w.ctx, h, "n1", o.Told))
+}
+
 // launch opens a manager over the directories without giving up the present one.
 func (w *world) launch() process {
 	w.t.Helper()
