@@ -57,6 +57,9 @@ func (d *domain) check(ctx context.Context) ([]Finding, error) {
 		}
 	}
 	for _, s := range strays {
+		if s.held {
+			continue
+		}
 		add(FindingClean, s.name, s.size, "delete it", "%s", s.why)
 	}
 	d.mu.Lock()
@@ -199,7 +202,7 @@ func (d *domain) fixStray(ctx context.Context, f Finding) (string, error) {
 		return "", err
 	}
 	for _, s := range strays {
-		if s.name == f.Object {
+		if s.name == f.Object && !s.held {
 			return "deleted " + s.name, d.removeStray(ctx, s)
 		}
 	}

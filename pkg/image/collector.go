@@ -346,6 +346,8 @@ type stray struct {
 	name string
 	why  string
 	size int64
+	// held: others have to be gone for a round before it may go.
+	held bool
 }
 
 // collectStrays removes strays that were seen twice, a retention apart.
@@ -364,7 +366,7 @@ func (d *domain) collectStrays(ctx context.Context, now time.Time) error {
 			since = now
 		}
 		seen[s.name] = since
-		if again && now.Sub(since) >= d.retention() {
+		if again && !s.held && now.Sub(since) >= d.retention() {
 			due = append(due, s)
 		}
 	}
@@ -436,11 +438,10 @@ func (d *domain) findStrays(ctx context.Context) ([]stray, []engine.Slab, error)
 		}
 	}
 	for _, t := range tags {
-		if key := attachmentKey(t.Name); several[key] && last[key] == t.Name {
-			continue // it tells the earlier ones ended: they go first
-		}
+		key := attachmentKey(t.Name)
 		if why := d.strayTag(t.Name); why != "" {
-			out = append(out, stray{name: t.Name, why: why})
+			// The last tells that the earlier ones ended: they go first.
+			out = append(out, stray{name: t.Name, why: why, held: several[key] && last[key] == t.Name})
 		}
 	}
 	return out, slabs, nil

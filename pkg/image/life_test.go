@@ -3,7 +3,9 @@ package image_test
 import (
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
+	"time"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest"
@@ -214,5 +216,38 @@ func TestADirectoryVolumeCountsOnceAgainstTheCapacity(t *testing.T) {
 	r.must(err)
 	if after < before-16*mib {
 		t.Fatalf("%d MiB can be promised, %d before its files were measured", after/mib, before/mib)
+	}
+}
+
+// TestAnEndedAttachmentIsForgottenInThreeLooks: seen, all but the last gone, the last gone.
+func TestAnEndedAttachmentIsForgottenInThreeLooks(t *testing.T) {
+	r := newRig(t, "a").start()
+	v := r.volume("v", "a", mib)
+	for range 3 {
+		if _, err := r.Attach(r.ctx, v.Handle, "n1", image.Access{Mode: image.SingleNodeWriter, Filesystem: "ext4"}, false); err != nil {
+			t.Fatal(err)
+		}
+		r.must(r.Detach(r.ctx, v.Handle, "n1"))
+	}
+	tags := func() (names []string) {
+		r.must(filepath.WalkDir(filepath.Join(r.dirs["a"], "tags", "a"), func(path string, e os.DirEntry, err error) error {
+			if err == nil && !e.IsDir() {
+				names = append(names, e.Name())
+			}
+			return err
+		}))
+		return names
+	}
+	all := tags()
+	for look, want := range []int{3, 1, 0} {
+		r.clock.turn(11 * time.Minute)
+		r.must(r.Collect(r.ctx))
+		left := tags()
+		if len(left) != want {
+			t.Fatalf("after look %d: %v, want %d of %v", look+1, left, want, all)
+		}
+		if want == 1 && left[0] != slices.Max(all) {
+			t.Errorf("%v is left, want the last of %v", left, all)
+		}
 	}
 }

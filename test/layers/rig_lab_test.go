@@ -387,9 +387,10 @@ func (r *rig) alone(v *volume) error {
 	})
 }
 
-// tagRetention is how long tags of what is dead stay, at most: ten minutes for all
-// but the last, then ten more for that, and the collector's rounds.
-const tagRetention = 25 * time.Minute
+// tagRetention is how long tags of what is dead stay, at most: ten minutes until the
+// collector's next look at all tags, ten more for all but an image's last, then ten for
+// that, and something for the rounds.
+const tagRetention = 33 * time.Minute
 
 // leavesNothing waits until nothing of deleted images is left in the domain and in
 // the kernel. Their tags stay for a while: see leavesNoTags.
