@@ -61,22 +61,26 @@ func settle(f File, h Header, storeSize int64) (int64, error) {
 func clearBehind(f File, h Header, e end) error {
 	const block = MinChunk
 	wrote := false
-	buf := aligned(block)
 	first := e.position * entrySize
-	for at := first / block * block; at < h.Chunk; at += block {
+	buf := aligned(min(h.Chunk-first/block*block, piece))
+	for at := first / block * block; at < h.Chunk; at += int64(len(buf)) {
+		buf = buf[:min(int64(len(buf)), h.Chunk-at)]
 		off := h.area(e.area)*h.Chunk + at
 		if err := read(f, buf, off); err != nil {
 			return err
 		}
-		rest := buf[max(first-at, 0):]
-		if allZero(rest) {
-			continue
+		for i := int64(0); i < int64(len(buf)); i += block {
+			b := buf[i : i+block]
+			rest := b[max(first-at-i, 0):]
+			if allZero(rest) {
+				continue
+			}
+			clear(rest)
+			if _, err := f.WriteAt(b, off+i); err != nil {
+				return failed("write", err)
+			}
+			wrote = true
 		}
-		clear(rest)
-		if _, err := f.WriteAt(buf, off); err != nil {
-			return failed("write", err)
-		}
-		wrote = true
 	}
 	if !wrote {
 		return nil
