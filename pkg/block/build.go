@@ -18,8 +18,8 @@ import (
 )
 
 const (
-	// suspendLimit is how long I/O waits at most for a change of tables.
-	suspendLimit = 10 * time.Second
+	// SuspendLimit is how long I/O waits at most for a change of tables.
+	SuspendLimit = 10 * time.Second
 	// storeLimit bounds the reading of a store's metadata, up to 256 MiB.
 	storeLimit = 5 * time.Minute
 	statLimit  = 10 * time.Second
@@ -154,7 +154,7 @@ func (d *Devices) change(ctx context.Context, w *world, m host.Mapped, readOnly 
 // reload gives a device another table while it is suspended; ready may refuse,
 // when nothing is under way any more.
 func (d *Devices) reload(ctx context.Context, w *world, m host.Mapped, ready func() error, table []host.Target) (host.Mapped, error) {
-	s, err := d.host().SuspendAll(ctx, []host.Mapped{m}, suspendLimit)
+	s, err := d.host().SuspendAll(ctx, []host.Mapped{m}, SuspendLimit)
 	if err != nil {
 		return m, err
 	}

@@ -207,9 +207,61 @@ func TestAGroupIsCutAtOneMoment(t *testing.T) {
 	a, b := r.raw("a", size), r.raw("b", size)
 	sa, sb := spec(a), spec(b)
 	sa.Owner, sb.Owner = "d/a", "d/b"
-	da, db := r.attach(sa), r.attach(sb)
+	r.cutTogether(r.d, &sa, &sb, func() {
+		r.must(r.d.Switch(bg, []Spec{sa, sb}))
+		r.must(r.d.Switch(bg, []Spec{sa, sb})) // repeated
+	})
+
+	// An attempt that was cut short.
+	sa.Slabs = append([]Slab{r.layer("half", size)}, sa.Slabs...)
+	r.must(r.d.Switch(bg, []Spec{sa}))
+	sb.Slabs = append([]Slab{r.layer("other", size)}, sb.Slabs...)
+	if err := r.d.Switch(bg, []Spec{sa, sb}); !errors.Is(err, fault.Conflict) {
+		t.Errorf("a group of which one was cut before: %v", err)
+	}
+	r.must(r.d.Switch(bg, []Spec{sb}))
+}
+
+// TestAGroupOnSeveralNodesIsCutAtOneMoment: two agents, which know nothing of each other.
+func TestAGroupOnSeveralNodesIsCutAtOneMoment(t *testing.T) {
+	r := newRig(t)
+	const size = mib
+	a, b := r.raw("a", size), r.raw("b", size)
+	b.ID = "e/b"
+	sa, sb := spec(a), spec(b)
+	sa.Owner, sb.Owner = "d/a", "e/b"
+	second := devices()
+	r.cutTogether(second, &sa, &sb, func() {
+		ha, err := r.d.Hold(bg, []Spec{sa})
+		r.must(err)
+		hb, err := second.Hold(bg, []Spec{sb})
+		r.must(errors.Join(err, ha.Release()))
+		r.must(hb.Release())
+		r.must(hb.Release()) // repeated
+	})
+
+	// Of one that was resumed by another hand the moment does not count.
+	sa.Slabs = append([]Slab{r.layer("late", size)}, sa.Slabs...)
+	h, err := r.d.Hold(bg, []Spec{sa})
+	r.must(err)
+	if _, err := second.Recover(bg); err != nil { // what an agent does that starts
+		t.Fatal(err)
+	}
+	if err := h.Release(); !errors.Is(err, fault.Conflict) {
+		t.Errorf("released after it had gone on: %v", err)
+	}
+}
+
+// cutTogether attaches one volume here and one on another node or here, and cuts both
+// again and again while every number is written to the first, then to the second.
+func (r *rig) cutTogether(other *Devices, sa, sb *Spec, cut func()) {
+	r.Helper()
+	size := sa.Size
+	da := r.attach(*sa)
+	db, err := other.Attach(bg, *sb)
+	r.must(err)
 	stop, done := make(chan struct{}), make(chan error, 1)
-	go func() { // every number goes to a, then to b
+	go func() {
 		fa, err := direct(da.Path, os.O_RDWR)
 		if err != nil {
 			done <- err
@@ -239,31 +291,27 @@ func TestAGroupIsCutAtOneMoment(t *testing.T) {
 		r.must(err)
 		return uint64(buf[8]) | uint64(buf[9])<<8 | uint64(buf[10])<<16
 	}
+	layer := func(name string, below *Spec) Slab {
+		s := r.layer(name, size)
+		domain, _, _ := strings.Cut(below.Slabs[0].ID, "/")
+		s.ID = domain + "/" + name
+		return s
+	}
 	for i := range 5 {
 		from := number(db.Path)
-		waitFor(t, func() bool { return number(db.Path) > from+2 })
+		waitFor(r.T, func() bool { return number(db.Path) > from+2 })
 		oldA, oldB := sa.Slabs, sb.Slabs
-		sa.Slabs = append([]Slab{r.layer(fmt.Sprint("a", i), size)}, oldA...)
-		sb.Slabs = append([]Slab{r.layer(fmt.Sprint("b", i), size)}, oldB...)
-		r.must(r.d.Switch(bg, []Spec{sa, sb}))
-		r.must(r.d.Switch(bg, []Spec{sa, sb})) // repeated
+		sa.Slabs = append([]Slab{layer(fmt.Sprint("a", i), sa)}, oldA...)
+		sb.Slabs = append([]Slab{layer(fmt.Sprint("b", i), sb)}, oldB...)
+		cut()
 		na := number(r.reader(fmt.Sprint("a", i), oldA...).Path)
 		nb := number(r.reader(fmt.Sprint("b", i), oldB...).Path)
 		if na != nb && na != nb+1 {
-			t.Errorf("cut %d: a has %d and b %d: never was it so", i, na, nb)
+			r.Errorf("cut %d: a has %d and b %d: never was it so", i, na, nb)
 		}
 	}
 	close(stop)
 	r.must(<-done)
-
-	// An attempt that was cut short.
-	sa.Slabs = append([]Slab{r.layer("half", size)}, sa.Slabs...)
-	r.must(r.d.Switch(bg, []Spec{sa}))
-	sb.Slabs = append([]Slab{r.layer("other", size)}, sb.Slabs...)
-	if err := r.d.Switch(bg, []Spec{sa, sb}); !errors.Is(err, fault.Conflict) {
-		t.Errorf("a group of which one was cut before: %v", err)
-	}
-	r.must(r.d.Switch(bg, []Spec{sb}))
 }
 
 func TestSwitchAsksForNothingElse(t *testing.T) {

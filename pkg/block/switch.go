@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
@@ -26,38 +27,89 @@ type step struct {
 // changed, each has to be switched by itself. fault.Unsupported and fault.InUse: a
 // device was made without device-mapper.
 func (d *Devices) Switch(ctx context.Context, specs []Spec) error {
+	h, err := d.Hold(ctx, specs)
+	if err != nil {
+		return err
+	}
+	return h.Release()
+}
+
+// Held is the first half of a Switch: nothing is written through the tops until Release.
+type Held struct {
+	d       *Devices
+	w       *world
+	specs   []Spec
+	steps   []step
+	still   *host.Suspension // nil: there was nothing to move
+	unlock  func()
+	release func() error // once
+}
+
+// Hold is Switch up to the moment that counts: the new tables are loaded, what was
+// written is durable, and I/O waits until Release, or for SuspendLimit. Then the new
+// tables are in force, too. Until Release other work on these domains' devices waits.
+// Errors as Switch has them.
+func (d *Devices) Hold(ctx context.Context, specs []Spec) (*Held, error) {
 	for _, s := range specs {
 		if err := s.check(); err != nil {
-			return err
+			return nil, err
 		}
 	}
 	unlock, err := d.lock(ctx, specs...)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer unlock()
+	h, err := d.hold(ctx, specs)
+	if err != nil {
+		unlock()
+		return nil, err
+	}
+	h.unlock, h.release = unlock, sync.OnceValue(h.end)
+	return h, nil
+}
+
+func (d *Devices) hold(ctx context.Context, specs []Spec) (*Held, error) {
 	w, err := d.fresh(ctx, specs...)
 	if err != nil {
-		return err
+		return nil, err
+	}
+	collect := func(err error) error {
+		return errors.Join(err, d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
 	}
 	done := false
 	var steps []step
 	for _, s := range specs {
 		more, here, err := d.steps(ctx, w, s)
 		if err != nil {
-			return errors.Join(err, d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
+			return nil, collect(err)
 		}
 		done = done || here && len(more) == 0
 		steps = append(steps, more...)
 	}
 	if done && len(steps) > 0 {
-		return errors.Join(fault.New(fault.Conflict, "some of %d images have their new chains already, and others not: an earlier attempt was cut short, and what it cut is no one point in time; switch each by itself", len(specs)),
-			d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
+		return nil, collect(fault.New(fault.Conflict, "some of %d images have their new chains already, and others not: an earlier attempt was cut short, and what it cut is no one point in time; switch each by itself", len(specs)))
 	}
-	if err = d.move(ctx, w, steps); err == nil && !w.idle(domainsOf(specs...)) {
+	still, err := d.still(ctx, w, steps)
+	if err != nil {
+		return nil, collect(err)
+	}
+	return &Held{d: d, w: w, specs: specs, steps: steps, still: still}, nil
+}
+
+// Release lets I/O go on, through the new chains. Called again it returns the same.
+//
+// fault.Conflict: it had gone on before, on some devices or all: what was cut is no
+// one moment. The chains are the new ones all the same, or read as they do.
+func (h *Held) Release() error { return h.release() }
+
+func (h *Held) end() error {
+	defer h.unlock()
+	ctx := context.Background() // what was begun goes to its end
+	err := h.d.moved(ctx, h.w, h.steps, h.still)
+	if err == nil && !h.w.idle(domainsOf(h.specs...)) {
 		return nil // a layer more: nothing has come free
 	}
-	return errors.Join(err, d.collect(context.WithoutCancel(ctx), domainsOf(specs...)))
+	return errors.Join(err, h.d.collect(ctx, domainsOf(h.specs...)))
 }
 
 // steps builds an owner's new chain and says which tops have to move to it.
@@ -130,20 +182,30 @@ func (d *Devices) continues(ctx context.Context, w *world, s step) error {
 
 // move switches tops that are awake, all at one moment.
 func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
+	still, err := d.still(ctx, w, steps)
+	if err != nil {
+		return err
+	}
+	return d.moved(context.WithoutCancel(ctx), w, steps, still)
+}
+
+// still is the first half of move: the tops are suspended, with their new tables
+// loaded. nil: there are none.
+func (d *Devices) still(ctx context.Context, w *world, steps []step) (*host.Suspension, error) {
 	if len(steps) == 0 {
-		return nil
+		return nil, nil
 	}
 	var devices []host.Mapped
 	var heads []string
 	for _, s := range steps {
 		if err := d.continues(ctx, w, s); err != nil {
-			return err
+			return nil, err
 		}
 		devices = append(devices, s.top)
 		for _, upper := range w.above(number(s.top.Major, s.top.Minor)) { // the filesystem is on these
 			upper, err := d.awake(ctx, w, upper)
 			if err != nil {
-				return err
+				return nil, err
 			}
 			devices = append(devices, upper)
 		}
@@ -152,11 +214,11 @@ func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
 		}
 	}
 	if err := d.flush(ctx, heads); err != nil { // most of it now, while nobody waits
-		return err
+		return nil, err
 	}
-	s, err := d.host().SuspendAll(ctx, devices, suspendLimit)
+	s, err := d.host().SuspendAll(ctx, devices, SuspendLimit)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	err = d.flush(ctx, heads)
 	for _, st := range steps {
@@ -164,15 +226,22 @@ func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
 			err = d.host().LoadMapped(ctx, st.top, st.top.ReadOnly, linear(st.levels[0].num, st.top.Size))
 		}
 	}
-	after := context.WithoutCancel(ctx)
 	if err != nil {
-		return errors.Join(err, d.clearAll(after, steps), s.Resume())
+		return nil, errors.Join(err, d.clearAll(context.WithoutCancel(ctx), steps), s.Resume())
 	}
-	if err := s.Resume(); err != nil {
-		return errors.Join(err, d.clearAll(after, steps))
+	return s, nil
+}
+
+// moved is the second half of move.
+func (d *Devices) moved(ctx context.Context, w *world, steps []step, still *host.Suspension) error {
+	if still == nil {
+		return nil
+	}
+	if err := still.Resume(); err != nil {
+		return errors.Join(err, d.clearAll(ctx, steps))
 	}
 	for _, st := range steps {
-		if _, err := d.again(after, w, st.top); err != nil {
+		if _, err := d.again(ctx, w, st.top); err != nil {
 			return err
 		}
 	}

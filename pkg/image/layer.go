@@ -3,7 +3,9 @@ package image
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
+	"sync"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -107,7 +109,7 @@ func (c *cutting) layOver(ctx context.Context) error {
 }
 
 // switchChains lets the nodes on which the images are in use build their
-// present chains, those of a node all at one moment. The caller holds their locks.
+// present chains, all at one moment. The caller holds their locks.
 func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
 	byNode := map[string][]Staging{}
 	for _, img := range images {
@@ -125,7 +127,8 @@ func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
 			}
 		}
 	}
-	for n, list := range byNode {
+	agents := map[string]ChainAgent{}
+	for n := range byNode {
 		a, err := m.cfg.Agents.Agent(n)
 		if err != nil {
 			return err
@@ -134,14 +137,69 @@ func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
 		if !ok {
 			return fault.New(fault.Unsupported, "node %s cannot build chains of layers", n)
 		}
-		if err := agent.Switch(ctx, list); err != nil {
-			if k := fault.KindOf(err); k == fault.Conflict || k == fault.Pending {
-				return fault.New(fault.Pending, "node %s: %w", n, err)
-			}
-			return fault.New(fault.Unavailable, "node %s has not switched to the new chain yet: %w", n, err)
+		agents[n] = agent
+	}
+	if len(agents) > 1 {
+		return holdAll(ctx, agents, byNode)
+	}
+	for n, agent := range agents {
+		if err := agent.Switch(ctx, byNode[n]); err != nil {
+			return notSwitched(n, err)
 		}
 	}
 	return nil
+}
+
+func notSwitched(node string, err error) error {
+	if k := fault.KindOf(err); k == fault.Conflict || k == fault.Pending {
+		return fault.New(fault.Pending, "node %s: %w", node, err)
+	}
+	return fault.New(fault.Unavailable, "node %s has not switched to the new chain yet: %w", node, err)
+}
+
+// holdAll lets several nodes switch at one moment: when all of them hold, nobody
+// writes anywhere; and that was one moment if none had gone on before it was released.
+func holdAll(ctx context.Context, agents map[string]ChainAgent, byNode map[string][]Staging) error {
+	var mu sync.Mutex
+	holds, errs := map[string]string{}, map[string]error{}
+	each := func(do func(node string, agent ChainAgent) error) {
+		var all sync.WaitGroup
+		for n, agent := range agents {
+			all.Go(func() {
+				err := do(n, agent)
+				mu.Lock()
+				defer mu.Unlock()
+				if err != nil && errs[n] == nil {
+					errs[n] = notSwitched(n, err)
+				}
+			})
+		}
+		all.Wait()
+	}
+	each(func(n string, agent ChainAgent) error {
+		hold, err := agent.Hold(ctx, byNode[n])
+		mu.Lock()
+		defer mu.Unlock()
+		if err == nil {
+			holds[n] = hold
+		}
+		return err
+	})
+	ctx = context.WithoutCancel(ctx) // what is held is released whatever happens
+	each(func(n string, agent ChainAgent) error {
+		mu.Lock()
+		hold, held := holds[n]
+		mu.Unlock()
+		if !held {
+			return nil
+		}
+		return agent.Release(ctx, hold)
+	})
+	var all []error
+	for _, n := range slices.Sorted(maps.Keys(errs)) {
+		all = append(all, errs[n])
+	}
+	return errors.Join(all...)
 }
 
 // stagedNodes are the nodes that have the image in use, sorted.
@@ -298,12 +356,11 @@ func (m *Manager) content(ctx context.Context, img *image) (Content, error) {
 	return c, err
 }
 
-// layTogether puts a layer over each member of a group, and lets their node
+// layTogether puts a layer over each member of a group, and lets their nodes
 // switch to all of them at one moment. engine.ErrDeclined: some member cannot
 // have a layer; nothing was changed.
 func (m *Manager) layTogether(ctx context.Context, op *operation, members []*cutting) (how, error) {
 	var sources []*image
-	var nodes []string
 	layered := ""
 	for _, c := range members {
 		if rec, _ := c.src.snapshot(); rec.Chunk > 0 {
@@ -316,11 +373,7 @@ func (m *Manager) layTogether(ctx context.Context, op *operation, members []*cut
 		if err != nil {
 			return how{}, err
 		}
-		sources, nodes = append(sources, c.src), append(nodes, c.src.stagedNodes()...)
-	}
-	slices.Sort(nodes)
-	if nodes = slices.Compact(nodes); len(nodes) > 1 {
-		return how{}, fault.New(fault.InUse, "the group's volumes are in use on several nodes (%v), which cannot switch to their layers at one moment: use them on one node, or detach some", nodes)
+		sources = append(sources, c.src)
 	}
 	for i, c := range members {
 		op.stepf("laying a layer over %s (%d of %d)", c.src.id, i+1, len(members))

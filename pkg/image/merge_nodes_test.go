@@ -53,6 +53,11 @@ func (n chainNode) Freeze(context.Context, image.Handle, time.Duration) (image.F
 func (n chainNode) Thaw(context.Context, image.Handle) error      { return nil }
 func (n chainNode) Layers(context.Context, image.Handle) error    { return nil }
 func (n chainNode) Switch(context.Context, []image.Staging) error { return nil }
+func (n chainNode) Release(context.Context, string) error         { return nil }
+
+func (n chainNode) Hold(context.Context, []image.Staging) (string, error) { return "", nil }
+
+var _ image.ChainAgent = chainNode{}
 
 func (n chainNode) Staged(context.Context, image.Handle) (bool, error) {
 	n.mu.Lock()

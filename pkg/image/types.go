@@ -314,6 +314,13 @@ type ChainAgent interface {
 	// staged here, or has its chain already, is left alone. fault.Conflict: they
 	// were not all still at one moment.
 	Switch(ctx context.Context, images []Staging) error
+	// Hold is Switch up to the moment that counts: what was written is durable, and I/O
+	// waits until Release, for ten seconds at most. Release of what Hold returned lets
+	// it go on, through the new chains; it does so by itself when the time is up, or the agent
+	// dies. fault.Conflict from Release: it had gone on before. So several nodes switch
+	// at one moment: all hold, then all release, and none had gone on.
+	Hold(ctx context.Context, images []Staging) (hold string, err error)
+	Release(ctx context.Context, hold string) error
 	// Merge starts to merge the first slab of a chain into the second, or goes on
 	// with it, and says how far it is. The image is that of the first slab. It
 	// returns at once.

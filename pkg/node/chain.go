@@ -1,7 +1,6 @@
 package node
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,59 +61,6 @@ func (n *Node) tryFor(h image.Handle) (unlock func(), err error) {
 		return nil, fault.New(fault.Pending, "another operation on %s is running on node %s", h, n.cfg.NodeID)
 	}
 	return unlock, nil
-}
-
-// Switch implements image.ChainAgent.
-func (n *Node) Switch(ctx context.Context, images []image.Staging) error {
-	images = slices.Clone(images)
-	slices.SortFunc(images, func(a, b image.Staging) int { return cmp.Compare(a.Handle.String(), b.Handle.String()) })
-	ctx = context.WithoutCancel(ctx) // what was begun goes to its end
-	var specs []block.Spec
-	var staged []image.Staging
-	for _, st := range images {
-		if err := n.admit(st); err != nil {
-			return err
-		}
-		unlock, err := n.tryFor(st.Handle)
-		if err != nil {
-			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
-		}
-		defer unlock()
-		s, err := n.find(ctx, st.Handle)
-		if err != nil {
-			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
-		}
-		i := slices.IndexFunc(s.devices, func(d block.Device) bool { return d.Use != block.View })
-		if i < 0 {
-			continue // not staged here
-		}
-		slabs, release, err := n.attachSlabs(ctx, st, false)
-		if err != nil {
-			return fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
-		}
-		defer release()
-		dev := s.devices[i]
-		specs = append(specs, block.Spec{Owner: st.Handle.String(), Use: dev.Use, Slabs: slabs, Size: st.Size, ReadOnly: dev.ReadOnly})
-		staged = append(staged, st)
-	}
-	if len(specs) == 0 {
-		return nil
-	}
-	if err := n.devices.Switch(ctx, specs); err != nil {
-		return err
-	}
-	for _, st := range staged {
-		n.mu.Lock()
-		before := n.slabs[st.Handle]
-		n.slabs[st.Handle] = st.Slabs
-		n.mu.Unlock()
-		for _, old := range before {
-			if !slices.ContainsFunc(st.Slabs, func(s image.SlabRef) bool { return s.ID == old.ID }) {
-				n.letGo(ctx, st.Handle.Domain, old.ID)
-			}
-		}
-	}
-	return nil
 }
 
 // attachSlabs attaches the slabs of a chain. A chain of layers is attached for

@@ -85,7 +85,7 @@ func TestThawSaysThatTheWatchdogHadToAct(t *testing.T) {
 	w := newWorld(t)
 	h := w.volume("v", 16<<20)
 	w.stage(h, host.Ext4)
-	_, err := w.node.Freeze(bg, h, 200*time.Millisecond)
+	_, err := w.node.Freeze(bg, h, 2*time.Second) // what a busy machine needs to freeze it
 	w.ok(err)
 	thawed(t, w.staging(h))
 	w.fails(w.node.Thaw(bg, h), fault.Conflict, "did not hold")
@@ -154,4 +154,30 @@ func TestStartingAgentThawsWhatItFinds(t *testing.T) {
 	w.restart()
 	w.ok(w.node.Start(bg))
 	thawed(t, w.staging(h))
+}
+
+// TestASwitchIsHeldAndReleased: until then nobody else works on the image; released twice,
+// or too late, the moment does not count.
+func TestASwitchIsHeldAndReleased(t *testing.T) {
+	w := newWorld(t)
+	h := w.volume("v", 16<<20)
+	w.stage(h, host.Ext4)
+	st, err := w.Stage(bg, h, "n1", 0)
+	w.ok(err)
+	hold, err := w.node.Hold(bg, []image.Staging{st})
+	w.ok(err)
+	if _, err := w.node.Hold(bg, []image.Staging{st}); !errors.Is(err, fault.Pending) {
+		t.Fatalf("held twice: %v", err)
+	}
+	w.ok(w.node.Release(bg, hold))
+	w.fails(w.node.Release(bg, hold), fault.Conflict, "10s")
+	w.ok(w.node.Switch(bg, []image.Staging{st})) // it is not locked any more
+
+	w.node.holdLimit = 10 * time.Millisecond
+	hold, err = w.node.Hold(bg, []image.Staging{st})
+	w.ok(err)
+	for errors.Is(w.node.Switch(bg, []image.Staging{st}), fault.Pending) {
+		time.Sleep(time.Millisecond)
+	}
+	w.fails(w.node.Release(bg, hold), fault.Conflict)
 }

@@ -64,6 +64,9 @@ type Node struct {
 	reading map[string]*reading
 	reads   int
 	epochs  map[string]int64 // domain: the highest that a manager has told
+	holds   map[string]*hold // switches half-way
+	// holdLimit is how long one is held at most; tests do not wait so long.
+	holdLimit time.Duration
 }
 
 var _ image.Agent = (*Node)(nil)
@@ -79,7 +82,7 @@ func New(cfg Config) *Node {
 		busy:   map[image.Handle]chan struct{}{},
 		frozen: map[image.Handle]*host.Freeze{},
 		looks:  map[string]*look{},
-		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]*reading{}, epochs: map[string]int64{},
+		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]*reading{}, epochs: map[string]int64{}, holds: map[string]*hold{}, holdLimit: block.SuspendLimit,
 	}
 }
 

@@ -19,9 +19,9 @@ import (
 	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
-// kernel plays the device-mapper of one node over the real slabs, so that
+// kernel plays the device-mapper of the nodes over the real slabs, so that
 // thousands of crashes can be tried without one: it lives longer than managers
-// and agents do, and forgets at a reboot. What the real one does is tested in
+// and agents do, and forgets at a reboot. A slab is in use on one node at a time. What the real one does is tested in
 // packages block and node, on a stock kernel. It fails the test when it is asked
 // for what would show a workload other content than it wrote.
 type kernel struct {
@@ -30,12 +30,15 @@ type kernel struct {
 
 	mu        sync.Mutex
 	tops      map[image.Handle][]image.SlabRef // of what is staged
-	merging   map[string]bool                  // slab: its layer is being merged
-	merged    map[string]bool                  // slab: its device shows the parent's
-	private   map[string]image.Handle          // devices for copies, by path
-	steps     int                              // exceptions that one look at a merge finds merged; 0: all
-	merges    []int                            // of how many slabs the chain of each merge was
-	looks     int                              // at merges
+	nodes     map[image.Handle]string          // and where
+	held      map[string][]image.Staging       // switches half-way, by what Hold returned
+	holds     int
+	merging   map[string]bool         // slab: its layer is being merged
+	merged    map[string]bool         // slab: its device shows the parent's
+	private   map[string]image.Handle // devices for copies, by path
+	steps     int                     // exceptions that one look at a merge finds merged; 0: all
+	merges    []int                   // of how many slabs the chain of each merge was
+	looks     int                     // at merges
 	complaint error
 	epochs    map[string]int64 // domain: the highest that the agent has heard of
 }
@@ -50,7 +53,7 @@ func (k *kernel) admit(st image.Staging) error {
 }
 
 func newKernel(t testing.TB, dirs map[string]string) *kernel {
-	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, merging: map[string]bool{},
+	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, nodes: map[image.Handle]string{}, held: map[string][]image.Staging{}, merging: map[string]bool{},
 		merged: map[string]bool{}, private: map[string]image.Handle{}, epochs: map[string]int64{}}
 }
 
@@ -59,6 +62,7 @@ func (k *kernel) reboot() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	clear(k.tops)
+	clear(k.held)
 	clear(k.merging)
 	clear(k.merged)
 	k.dropPrivate()
@@ -69,6 +73,7 @@ func (k *kernel) restart() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.dropPrivate()
+	k.expire(nil)
 	for slab := range k.merging {
 		if !k.live(slab) { // its device went with the private ones
 			delete(k.merging, slab)
@@ -93,11 +98,11 @@ func (k *kernel) live(slab string) bool {
 	return false
 }
 
-func (k *kernel) stage(st image.Staging) {
+func (k *kernel) stage(st image.Staging, node string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if k.tops[st.Handle] == nil {
-		k.tops[st.Handle] = slices.Clone(st.Slabs)
+		k.tops[st.Handle], k.nodes[st.Handle] = slices.Clone(st.Slabs), node
 	}
 }
 
@@ -309,22 +314,29 @@ func (k *kernel) fine() error {
 	return k.complaint
 }
 
-// chainAgents are the agents of one process on the node of a kernel.
+// chainAgents are the agents that one process of a manager speaks with.
 type chainAgents struct {
 	k *kernel
 	c *control
 }
 
-func (a chainAgents) Nodes() []string { return []string{"n1"} }
+func (a chainAgents) Nodes() []string { return []string{"n1", "n2"} }
 
 func (a chainAgents) Agent(node string) (image.Agent, error) {
-	if node != "n1" {
+	if !slices.Contains(a.Nodes(), node) {
 		return nil, fault.New(fault.NotFound, "there is no node %s", node)
 	}
-	return a, nil
+	return chainAgent{a.k, a.c, node}, nil
 }
 
-func (a chainAgents) call(verb string, h image.Handle, f func() error) error {
+// chainAgent is that of one node.
+type chainAgent struct {
+	k    *kernel
+	c    *control
+	node string
+}
+
+func (a chainAgent) call(verb string, h image.Handle, f func() error) error {
 	return a.c.call("agent "+verb, h.String(), func() error {
 		a.k.mu.Lock()
 		defer a.k.mu.Unlock()
@@ -332,56 +344,120 @@ func (a chainAgents) call(verb string, h image.Handle, f func() error) error {
 	})
 }
 
-func (a chainAgents) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
+func (a chainAgent) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
 	return image.NotFreezable, nil
 }
-func (a chainAgents) Thaw(context.Context, image.Handle) error { return nil }
+func (a chainAgent) Thaw(context.Context, image.Handle) error { return nil }
 
-func (a chainAgents) Staged(_ context.Context, h image.Handle) (staged bool, err error) {
-	err = a.call("Staged", h, func() error { staged = a.k.tops[h] != nil; return nil })
+func (a chainAgent) Staged(_ context.Context, h image.Handle) (staged bool, err error) {
+	err = a.call("Staged", h, func() error { staged = a.k.tops[h] != nil && a.k.nodes[h] == a.node; return nil })
 	return staged, err
 }
 
-func (a chainAgents) Layers(_ context.Context, h image.Handle) error {
+func (a chainAgent) Layers(_ context.Context, h image.Handle) error {
 	return a.call("Layers", h, func() error { return nil })
 }
 
-func (a chainAgents) Switch(_ context.Context, images []image.Staging) error {
+func (a chainAgent) Switch(_ context.Context, images []image.Staging) error {
 	if len(images) == 0 {
 		return nil
 	}
 	return a.call("Switch", images[0].Handle, func() error {
-		for _, st := range images {
-			if err := a.k.admit(st); err != nil {
-				return err
-			}
-			top := a.k.tops[st.Handle]
-			if top == nil {
-				continue
-			}
-			before, err := a.k.whole(st.Domain, top, st.Size)
-			if err != nil {
-				return err
-			}
-			after, err := a.k.whole(st.Domain, st.Slabs, st.Size)
-			if err != nil {
-				return err
-			}
-			if !bytes.Equal(before, after) {
-				return a.k.broken("a switch of %s from %v to %v changes what it holds", st.Handle, top, st.Slabs)
-			}
-			for _, s := range top {
-				if !slices.Contains(st.Slabs, s) {
-					delete(a.k.merging, s.ID)
-				}
-			}
-			a.k.tops[st.Handle] = slices.Clone(st.Slabs)
-		}
-		return nil
+		a.k.expire(images)
+		return a.k.change(images, a.node)
 	})
 }
 
-func (a chainAgents) Merge(_ context.Context, st image.Staging) (m image.Merging, err error) {
+func (a chainAgent) Hold(_ context.Context, images []image.Staging) (hold string, err error) {
+	err = a.call("Hold", images[0].Handle, func() error {
+		a.k.expire(images)
+		a.k.holds++
+		hold = fmt.Sprint(a.k.holds)
+		if err := a.k.changeable(images, a.node); err != nil {
+			return err
+		}
+		a.k.held[hold] = images
+		return nil
+	})
+	return hold, err
+}
+
+func (a chainAgent) Release(_ context.Context, hold string) error {
+	return a.call("Release", image.Handle{Image: hold}, func() error {
+		images, ok := a.k.held[hold]
+		delete(a.k.held, hold)
+		if !ok {
+			return fault.New(fault.Conflict, "it is not held any more")
+		}
+		return a.k.change(images, a.node)
+	})
+}
+
+// expire ends what is held on the nodes: time has passed, since somebody works on these
+// images, or with nil an agent has died. The caller holds k.mu.
+func (k *kernel) expire(now []image.Staging) {
+	for hold, images := range k.held {
+		if now != nil && !slices.ContainsFunc(images, func(st image.Staging) bool {
+			return slices.ContainsFunc(now, func(other image.Staging) bool { return other.Handle == st.Handle })
+		}) {
+			continue
+		}
+		delete(k.held, hold)
+		for _, node := range []string{"n1", "n2"} {
+			if err := k.change(images, node); err != nil && k.complaint == nil && fault.KindOf(err) != fault.Unavailable {
+				k.complaint = err
+			}
+		}
+	}
+}
+
+// changeable refuses other chains for images where they would show something else.
+// The caller holds k.mu.
+func (k *kernel) changeable(images []image.Staging, node string) error {
+	for _, st := range images {
+		if err := k.admit(st); err != nil {
+			return err
+		}
+		top := k.tops[st.Handle]
+		if top == nil || k.nodes[st.Handle] != node {
+			continue
+		}
+		before, err := k.whole(st.Domain, top, st.Size)
+		if err != nil {
+			return err
+		}
+		after, err := k.whole(st.Domain, st.Slabs, st.Size)
+		if err != nil {
+			return err
+		}
+		if !bytes.Equal(before, after) {
+			return k.broken("a switch of %s from %v to %v changes what it holds", st.Handle, top, st.Slabs)
+		}
+	}
+	return nil
+}
+
+// change gives images on a node other chains. The caller holds k.mu.
+func (k *kernel) change(images []image.Staging, node string) error {
+	if err := k.changeable(images, node); err != nil {
+		return err
+	}
+	for _, st := range images {
+		top := k.tops[st.Handle]
+		if top == nil || k.nodes[st.Handle] != node {
+			continue
+		}
+		for _, s := range top {
+			if !slices.Contains(st.Slabs, s) {
+				delete(k.merging, s.ID)
+			}
+		}
+		k.tops[st.Handle] = slices.Clone(st.Slabs)
+	}
+	return nil
+}
+
+func (a chainAgent) Merge(_ context.Context, st image.Staging) (m image.Merging, err error) {
 	err = a.call("Merge", st.Handle, func() error {
 		if err := a.k.admit(st); err != nil {
 			return err
@@ -454,7 +530,7 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 	return image.Merging{Done: true}, nil
 }
 
-func (a chainAgents) StopMerge(_ context.Context, st image.Staging) error {
+func (a chainAgent) StopMerge(_ context.Context, st image.Staging) error {
 	return a.call("StopMerge", st.Handle, func() error {
 		if err := a.k.admit(st); err != nil {
 			return err
@@ -464,7 +540,7 @@ func (a chainAgents) StopMerge(_ context.Context, st image.Staging) error {
 	})
 }
 
-func (a chainAgents) AttachImage(_ context.Context, st image.Staging) (path string, err error) {
+func (a chainAgent) AttachImage(_ context.Context, st image.Staging) (path string, err error) {
 	err = a.call("AttachImage", st.Handle, func() error {
 		b, err := a.k.whole(st.Domain, st.Slabs, st.Size)
 		if err != nil {
@@ -482,14 +558,14 @@ func (a chainAgents) AttachImage(_ context.Context, st image.Staging) (path stri
 	return path, err
 }
 
-func (a chainAgents) DetachImage(_ context.Context, h image.Handle, path string) error {
+func (a chainAgent) DetachImage(_ context.Context, h image.Handle, path string) error {
 	return a.call("DetachImage", h, func() error {
 		delete(a.k.private, path)
 		return os.Remove(path)
 	})
 }
 
-var _ image.ChainAgent = chainAgents{}
+var _ image.ChainAgent = chainAgent{}
 
 // isMerge says whether an operation is a merge or a flattening, which nobody waits for.
 func isMerge(op image.Operation) bool {

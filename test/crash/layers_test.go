@@ -20,17 +20,19 @@ func layered(t *testing.T) storage {
 	return storage{name: "layers", root: shm(t), minimal: true, layers: true}
 }
 
-// stage attaches a volume and lets the node use it.
-func (w *world) stage(v image.Image) error {
-	a, err := w.Attach(w.ctx, v.Handle, "n1", w.access()[0], false)
+// stage attaches a volume and lets the first node use it.
+func (w *world) stage(v image.Image) error { return w.stageOn(v, "n1") }
+
+func (w *world) stageOn(v image.Image, node string) error {
+	a, err := w.Attach(w.ctx, v.Handle, node, w.access()[0], false)
 	if err != nil {
 		return err
 	}
-	st, err := w.Stage(w.ctx, v.Handle, "n1", a.Generation)
+	st, err := w.Stage(w.ctx, v.Handle, node, a.Generation)
 	if err != nil {
 		return err
 	}
-	w.kernel.stage(st)
+	w.kernel.stage(st, node)
 	return nil
 }
 
@@ -68,19 +70,13 @@ func layerScenarios() []scenario {
 			}
 		}},
 		{name: "group snapshot of volumes in use", prepare: func(s *story) {
-			v, u := staged(s, "v", 1), staged(s, "u", 2)
-			s.seeds["member of "+v.Handle.String()], s.seeds["member of "+u.Handle.String()] = []uint64{1}, []uint64{2}
-			s.run = func(s *story) error {
-				g, err := s.w.CreateGroup(s.w.ctx, image.GroupRequest{Name: "g", Sources: []image.Handle{v.Handle, u.Handle}})
-				if err != nil {
-					return err
-				}
-				s.groups["g"] = g.Handle
-				for _, img := range g.Snapshots {
-					s.ack(img)
-				}
-				return nil
-			}
+			s.snapshotsGroup(staged(s, "v", 1), staged(s, "u", 2))
+		}},
+		{name: "group snapshot of volumes in use on two nodes", prepare: func(s *story) {
+			v, u := staged(s, "v", 1), s.volume("u", "a", 0)
+			s.w.must(s.w.stageOn(u, "n2"))
+			s.write(u, 2)
+			s.snapshotsGroup(v, u)
 		}},
 		{name: "clone of a volume in use", prepare: func(s *story) {
 			s.creates("new", "a", staged(s, "v", 1), 1)
@@ -195,6 +191,26 @@ func layerScenarios() []scenario {
 			s.ack(clone)
 			s.deletes(v, func(s *story) error { return s.w.DeleteVolume(s.w.ctx, v.Handle) })
 		}},
+	}
+}
+
+// snapshotsGroup makes a story of a group snapshot of volumes with the contents 1, 2, and so on.
+func (s *story) snapshotsGroup(volumes ...image.Image) {
+	var sources []image.Handle
+	for n, v := range volumes {
+		sources = append(sources, v.Handle)
+		s.seeds["member of "+v.Handle.String()] = []uint64{uint64(n) + 1}
+	}
+	s.run = func(s *story) error {
+		g, err := s.w.CreateGroup(s.w.ctx, image.GroupRequest{Name: "g", Sources: sources})
+		if err != nil {
+			return err
+		}
+		s.groups["g"] = g.Handle
+		for _, img := range g.Snapshots {
+			s.ack(img)
+		}
+		return nil
 	}
 }
 
@@ -414,7 +430,7 @@ func TestAMergeLeavesAnAttachmentAlone(t *testing.T) {
 	if err != nil {
 		w.fatalf("staging it again with the attachment that it has: %v", err)
 	}
-	w.kernel.stage(st)
+	w.kernel.stage(st, "n1")
 	w.must(w.collect())
 	now, err := w.Get(w.ctx, v.Handle)
 	w.must(err)
