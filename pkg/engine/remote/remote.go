@@ -18,6 +18,7 @@ import (
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/connectivity"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
@@ -138,7 +139,9 @@ func (e *Engine) About() string {
 func (e *Engine) domain(ctx context.Context) (string, error) {
 	for {
 		e.mu.Lock()
-		if e.id != "" && e.dials == e.opened {
+		// Without a connection the next one is made first: it may be to a process that was
+		// restarted, and has nothing open.
+		if e.id != "" && e.dials == e.opened && e.conn.GetState() == connectivity.Ready {
 			defer e.mu.Unlock()
 			return e.id, nil
 		}

@@ -88,7 +88,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener, options ...grpc.Serv
 		grace.Stop()
 		err = <-done
 	}
-	return errors.Join(err, s.close())
+	return errors.Join(err, s.CloseAll())
 }
 
 // Register adds the services to a gRPC server. Their errors are those of
@@ -115,8 +115,16 @@ func stream(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.S
 	return rpcfault.ToStatus(next(srv, ss))
 }
 
-// close closes all domains; no call runs any more.
-func (s *Server) close() error {
+// Engine that a client has open here; nil: none.
+func (s *Server) Engine(client string) engine.Engine {
+	if all := s.of(client); len(all) > 0 {
+		return all[0].engine
+	}
+	return nil
+}
+
+// CloseAll closes all domains, when no call runs any more.
+func (s *Server) CloseAll() error {
 	s.mu.Lock()
 	all := slices.Collect(maps.Values(s.domains))
 	clear(s.domains)

@@ -1,0 +1,74 @@
+package agent
+
+import (
+	"context"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/agent/agentpb"
+	"github.com/quarry-csi/quarry/pkg/fault/rpcfault"
+	"github.com/quarry-csi/quarry/pkg/image"
+)
+
+var _ image.ChainAgent = (*peer)(nil)
+
+// Freeze implements image.Agent.
+func (p *peer) Freeze(ctx context.Context, h image.Handle, limit time.Duration) (image.Frozen, error) {
+	r, err := p.rpc.Freeze(ctx, &agentpb.FreezeRequest{Handle: toHandle(h), LimitNanoseconds: limit.Nanoseconds()})
+	return image.Frozen(r.GetState()), rpcfault.FromStatus(err)
+}
+
+// Thaw implements image.Agent.
+func (p *peer) Thaw(ctx context.Context, h image.Handle) error {
+	_, err := p.rpc.Thaw(ctx, &agentpb.ImageRequest{Handle: toHandle(h)})
+	return rpcfault.FromStatus(err)
+}
+
+// Staged implements image.Agent.
+func (p *peer) Staged(ctx context.Context, h image.Handle) (bool, error) {
+	r, err := p.rpc.Staged(ctx, &agentpb.ImageRequest{Handle: toHandle(h)})
+	return r.GetStaged(), rpcfault.FromStatus(err)
+}
+
+// Layers implements image.ChainAgent.
+func (p *peer) Layers(ctx context.Context, h image.Handle) error {
+	_, err := p.rpc.Layers(ctx, &agentpb.ImageRequest{Handle: toHandle(h)})
+	return rpcfault.FromStatus(err)
+}
+
+// Switch implements image.ChainAgent.
+func (p *peer) Switch(ctx context.Context, images []image.Staging) error {
+	_, err := p.rpc.Switch(ctx, switchRequest(images))
+	return rpcfault.FromStatus(err)
+}
+
+func switchRequest(images []image.Staging) *agentpb.SwitchRequest {
+	r := &agentpb.SwitchRequest{}
+	for _, st := range images {
+		r.Images = append(r.Images, toStaging(st))
+	}
+	return r
+}
+
+// Hold implements image.ChainAgent.
+func (p *peer) Hold(ctx context.Context, images []image.Staging) (string, error) {
+	r, err := p.rpc.Hold(ctx, switchRequest(images))
+	return r.GetHold(), rpcfault.FromStatus(err)
+}
+
+// Release implements image.ChainAgent.
+func (p *peer) Release(ctx context.Context, hold string) error {
+	_, err := p.rpc.Release(ctx, &agentpb.ReleaseRequest{Hold: hold})
+	return rpcfault.FromStatus(err)
+}
+
+// Merge implements image.ChainAgent.
+func (p *peer) Merge(ctx context.Context, chain image.Staging) (image.Merging, error) {
+	r, err := p.rpc.Merge(ctx, &agentpb.ChainRequest{Chain: toStaging(chain)})
+	return image.Merging{Left: r.GetLeft(), Done: r.GetDone()}, rpcfault.FromStatus(err)
+}
+
+// StopMerge implements image.ChainAgent.
+func (p *peer) StopMerge(ctx context.Context, chain image.Staging) error {
+	_, err := p.rpc.StopMerge(ctx, &agentpb.ChainRequest{Chain: toStaging(chain)})
+	return rpcfault.FromStatus(err)
+}

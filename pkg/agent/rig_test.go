@@ -1,0 +1,295 @@
+package agent_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"errors"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/quarry-csi/quarry/pkg/agent"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/engines/dir"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/mover"
+	"github.com/quarry-csi/quarry/pkg/node"
+)
+
+// patience is how long a state is waited for: far beyond what it takes.
+const patience = time.Minute
+
+// rig is a controller: an Image Manager whose engines and work are on nodes.
+type rig struct {
+	t       *testing.T
+	ctx     context.Context
+	tls     *tls.Config // for agents
+	address string
+	hub     *agent.Hub
+	manager *image.Manager
+	dirs    map[string]string // domain: directory
+	stop    func()
+
+	mu     sync.Mutex
+	tokens map[string]string // token: node
+	admits int
+}
+
+func newRig(t *testing.T) *rig {
+	t.Helper()
+	r := &rig{t: t, ctx: t.Context(), dirs: map[string]string{"a": t.TempDir(), "b": t.TempDir()}, tokens: map[string]string{}}
+	serverTLS, clientTLS := certificate(t)
+	l, err := tls.Listen("tcp", "127.0.0.1:0", serverTLS)
+	r.must(err)
+	r.tls, r.address = clientTLS, l.Addr().String()
+	r.control(l)
+	t.Cleanup(func() { r.stop() })
+	return r
+}
+
+// control begins a controller's life on a listener.
+func (r *rig) control(l net.Listener) {
+	r.hub = agent.NewHub(agent.HubConfig{Release: "test", Manager: late{r}, Admit: r.admit})
+	r.manager = image.New(image.Config{Installation: "test", Agents: r.hub, Worker: r.hub, CollectEvery: -1})
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	hub, manager := r.hub, r.manager
+	go func() { ended <- hub.Serve(ctx, l) }()
+	r.stop = sync.OnceFunc(func() {
+		err := manager.Close()
+		cancel()
+		if err := errors.Join(err, <-ended, hub.Close()); err != nil {
+			r.t.Error(err)
+		}
+	})
+}
+
+// late is the manager that there is when it is asked.
+type late struct{ r *rig }
+
+func (l late) Stage(ctx context.Context, h image.Handle, node string, g int64) (image.Staging, error) {
+	return l.r.manager.Stage(ctx, h, node, g)
+}
+func (l late) Formatted(ctx context.Context, h image.Handle, node, fs string) error {
+	return l.r.manager.Formatted(ctx, h, node, fs)
+}
+func (l late) Built(ctx context.Context, h image.Handle, node string, told int64) error {
+	return l.r.manager.Built(ctx, h, node, told)
+}
+func (l late) Outline(ctx context.Context, h image.Handle, node string) (image.Outline, error) {
+	return l.r.manager.Outline(ctx, h, node)
+}
+func (l late) Unstaged(ctx context.Context, h image.Handle, node string, told int64) error {
+	return l.r.manager.Unstaged(ctx, h, node, told)
+}
+
+func (r *rig) admit(_ context.Context, token, node string) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.admits++
+	if r.tokens[token] != node {
+		return fault.New(fault.Permission, "the token is not that of node %s", node)
+	}
+	return nil
+}
+
+func (r *rig) asked() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.admits
+}
+
+func (r *rig) must(err error) {
+	r.t.Helper()
+	if err != nil {
+		r.t.Fatal(err)
+	}
+}
+
+func (r *rig) is(err error, kind fault.Kind) {
+	r.t.Helper()
+	if !errors.Is(err, kind) {
+		r.t.Fatalf("%v, want %v", err, kind)
+	}
+}
+
+func (r *rig) wait(what string, is func() bool) {
+	r.t.Helper()
+	for end := time.Now().Add(patience); !is(); time.Sleep(time.Millisecond) {
+		if time.Now().After(end) {
+			r.t.Fatalf("waited for %s", what)
+		}
+	}
+}
+
+// worker is an agent.
+type worker struct {
+	r    *rig
+	name string
+	link *agent.Link
+	node *node.Node
+	mu   sync.Mutex
+	conn net.Conn
+	lost bool // it cannot connect any more
+	stop func()
+	// slow, if not nil, is waited for before each piece of a copy.
+	slow chan struct{}
+}
+
+// agent starts one, with a token of its node.
+func (r *rig) agent(name string) *worker {
+	r.t.Helper()
+	token := rand.Text()
+	r.mu.Lock()
+	r.tokens[token] = name
+	r.mu.Unlock()
+	w := r.agentWith(name, token)
+	r.wait(name+" to connect", func() bool { _, err := r.hub.Agent(name); return err == nil && w.link.Connected() })
+	return w
+}
+
+func (r *rig) agentWith(name, token string) *worker {
+	r.t.Helper()
+	w := &worker{r: r, name: name}
+	var err error
+	w.link, err = agent.NewLink(agent.LinkConfig{Node: name, Release: "test", Engines: []string{"dir"}, Dial: w.dial,
+		Token: func() (string, error) { return token, nil },
+		Open: func(ctx context.Context, _ string, params, _ map[string]string) (engine.Engine, error) {
+			return dir.Open(ctx, params, host.Exec{})
+		}})
+	r.must(err)
+	agents := &node.Agents{}
+	w.node = node.New(node.Config{NodeID: name, Manager: w.link, Engines: w.link.Engine})
+	agents.Set(w.node)
+	work := &mover.Local{Files: pausing{mover.New(mover.Options{Workers: 1, Buffer: 64 << 10, CheckpointEvery: 256 << 10}), w}, Agents: agents, Engines: w.link.Engine}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- w.link.Run(ctx, w.node, work) }()
+	w.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			r.t.Error(err)
+		}
+	})
+	r.t.Cleanup(w.stop)
+	return w
+}
+
+func (w *worker) dial(ctx context.Context) (net.Conn, error) {
+	w.mu.Lock()
+	lost := w.lost
+	w.mu.Unlock()
+	if lost {
+		return nil, errors.New("no route")
+	}
+	conn, err := (&tls.Dialer{Config: w.r.tls}).DialContext(ctx, "tcp", w.r.address)
+	w.mu.Lock()
+	w.conn = conn
+	w.mu.Unlock()
+	return conn, err
+}
+
+// cut ends the agent's connection, as a network does.
+func (w *worker) cut() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	_ = w.conn.Close()
+}
+
+// pausing is a mover whose copies wait at each checkpoint.
+type pausing struct {
+	mover.Files
+	w *worker
+}
+
+func (p pausing) CopyBlock(ctx context.Context, src, dst string, o image.BlockCopy) error {
+	if seal := o.Checkpoint; seal != nil && p.w.slow != nil {
+		o.Checkpoint = func(offset int64) error {
+			if err := seal(offset); err != nil {
+				return err
+			}
+			select {
+			case <-p.w.slow:
+				return nil
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		}
+	}
+	return p.Files.CopyBlock(ctx, src, dst, o)
+}
+
+// open opens a domain on the nodes.
+func (r *rig) open(name, on string) string {
+	r.t.Helper()
+	d, err := r.hub.OpenDomain(r.ctx, agent.DomainSpec{Name: name, Engine: "dir", Params: map[string]string{"path": r.dirs[name]}, Node: on})
+	r.must(err)
+	scope := image.ScopeShared
+	if on != "" {
+		scope = image.ScopeNode
+	}
+	id, err := r.manager.AddDomain(r.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: scope, Node: on, Overcommit: 1000}, d)
+	r.must(err)
+	d.Adopt(r.ctx, id)
+	return id
+}
+
+func writer() image.Access {
+	return image.Access{Block: true, Mode: image.SingleNodeWriter}
+}
+
+func (r *rig) volume(name, domain string, size int64) image.Image {
+	r.t.Helper()
+	img, err := r.manager.CreateVolume(r.ctx, image.CreateRequest{Name: name, Domains: []string{domain}, Accesses: []image.Access{writer()}, Size: size})
+	r.must(err)
+	return img
+}
+
+func (r *rig) slab(domain string, img image.Image) string {
+	return filepath.Join(r.dirs[domain], "slabs", img.Slab)
+}
+
+// fill writes something everywhere.
+func (r *rig) fill(domain string, img image.Image) []byte {
+	r.t.Helper()
+	b := make([]byte, img.Size)
+	_, _ = rand.Read(b)
+	f, err := os.OpenFile(r.slab(domain, img), os.O_WRONLY, 0)
+	r.must(err)
+	_, err = f.WriteAt(b, 0)
+	r.must(errors.Join(err, f.Close()))
+	return b
+}
+
+// certificate makes the controller's, and what agents need to know of it.
+func certificate(t *testing.T) (server, client *tls.Config) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	about := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "quarry"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
+	der, err := x509.CreateCertificate(rand.Reader, about, about, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AddCert(parsed)
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}, &tls.Config{RootCAs: pool}
+}
