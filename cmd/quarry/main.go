@@ -44,9 +44,7 @@ func newRoot(out io.Writer) *cobra.Command {
 	for _, name := range []string{"v", "vmodule"} {
 		root.PersistentFlags().AddGoFlag(flags.Lookup(name))
 	}
-	root.AddCommand(standaloneCommand(),
-		notYet("controller", "the Kubernetes controller"),
-		notYet("node", "the agent on a Kubernetes node"),
+	root.AddCommand(standaloneCommand(), controllerCommand(), nodeCommand(),
 		notYet("engine", "an engine in a process of its own"),
 		&cobra.Command{
 			Use: "version", Short: "Show the version", Args: cobra.NoArgs,

@@ -108,7 +108,7 @@ func TestABadConfigurationIsOneLineAndStatusOne(t *testing.T) {
 }
 
 func TestRolesThatAreMissingSayso(t *testing.T) {
-	for _, role := range []string{"controller", "node", "engine"} {
+	for _, role := range []string{"engine"} {
 		var stderr bytes.Buffer
 		cmd := program(t.Context(), role, "--any", "flag")
 		cmd.Stderr = &stderr
@@ -326,8 +326,8 @@ func TestADomainThatIsAwayIsTriedAgainAndHoldsNothingUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	m := &fakeManager{added: make(chan string, 2)}
-	o := &openers{manager: m, registry: registry, node: "n1"}
-	if err := o.start(ctx, []domain.Entry{{Name: "a", Engine: "away"}, {Name: "h", Engine: "here"}}); err != nil {
+	o := &openers{manager: m, open: here(registry)}
+	if err := o.start(ctx, []domain.Entry{{Name: "a", Engine: "away"}, {Name: "h", Engine: "here"}}, "n1"); err != nil {
 		t.Fatal(err)
 	}
 	if first, second := <-m.added, <-m.added; first != "h" || second != "a" {
@@ -339,7 +339,7 @@ func TestADomainThatIsAwayIsTriedAgainAndHoldsNothingUp(t *testing.T) {
 		t.Errorf("unopened: %s", said)
 	}
 
-	err := o.start(ctx, []domain.Entry{{Name: "w", Engine: "wrong"}})
+	err := o.start(ctx, []domain.Entry{{Name: "w", Engine: "wrong"}}, "n1")
 	if !errors.Is(err, fault.Permission) || err.Error() != "open in domain w: not yours" {
 		t.Errorf("a mistake: %v", err)
 	}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -58,32 +59,41 @@ func (m *metrics) observe(op, domain, path string, took time.Duration, err error
 	}
 }
 
-// watch adds what is asked for at each scrape.
-func (m *metrics) watch(d domainLister, a interface{ Abandoned() int }) {
-	m.registry.MustRegister(newDomainCollector(d), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+// watchDomains and watchHost add what is asked for at each scrape.
+func (m *metrics) watchDomains(d domainLister) { m.registry.MustRegister(newDomainCollector(d)) }
+
+func (m *metrics) watchHost(a interface{ Abandoned() int }) {
+	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "quarry_abandoned_calls", Help: "System calls that hang on storage that does not answer.",
 	}, func() float64 { return float64(a.Abandoned()) }))
 }
 
-// handler serves /metrics, /healthz (this process answers) and /readyz (it
-// has tried every domain once; one that is away is named and is no failure).
-func (m *metrics) handler(ready *atomic.Bool, d domainLister) http.Handler {
-	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry}))
-	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
-	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
-		if !ready.Load() {
-			http.Error(w, "not ready: the domains are being opened", http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(w, "ok")
-		ctx, cancel := context.WithTimeout(r.Context(), collectLimit)
-		defer cancel()
+// domainsOf tells of the domains that are not open.
+func domainsOf(d domainLister) func(ctx context.Context, w io.Writer) {
+	return func(ctx context.Context, w io.Writer) {
 		for _, info := range d.Domains(ctx) {
 			if !info.Open {
 				fmt.Fprintf(w, "domain %s is not open: %s\n", info.Config.Name, info.Problem)
 			}
 		}
+	}
+}
+
+// handler serves /metrics, /healthz (this process answers) and /readyz (it
+// has tried every domain once; what else tell says is no failure).
+func (m *metrics) handler(ready *atomic.Bool, tell func(ctx context.Context, w io.Writer)) http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(m.registry, promhttp.HandlerOpts{Registry: m.registry}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
+	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, r *http.Request) {
+		if !ready.Load() {
+			http.Error(w, "not ready: still starting, or another process works", http.StatusServiceUnavailable)
+			return
+		}
+		fmt.Fprintln(w, "ok")
+		ctx, cancel := context.WithTimeout(r.Context(), collectLimit)
+		defer cancel()
+		tell(ctx, w)
 	})
 	return mux
 }

@@ -84,9 +84,8 @@ func (o *options) check(machineID string) (err error) {
 			return fault.New(fault.Invalid, "--node-id is not given and the host's name is not known: %w", err)
 		}
 	}
-	// The node's name becomes part of a tag's name.
-	if err := engine.CheckName("node", o.nodeID); err != nil || len(o.nodeID) > 63 {
-		return fault.New(fault.Invalid, "--node-id %q is not allowed: 1 to 63 characters of [a-z0-9._-], beginning with a letter or digit", o.nodeID)
+	if err := checkNodeID(o.nodeID); err != nil {
+		return err
 	}
 	if o.kubeletDir != "" && !filepath.IsAbs(o.kubeletDir) {
 		return fault.New(fault.Invalid, "--kubelet-dir %q must be an absolute path", o.kubeletDir)
@@ -97,6 +96,14 @@ func (o *options) check(machineID string) (err error) {
 	}
 	if len(o.installation) > 128 || strings.ContainsFunc(o.installation, func(r rune) bool { return r <= ' ' || r >= 0x7f }) {
 		return fault.New(fault.Invalid, "--installation %q is not allowed: 1 to 128 ASCII characters without spaces", o.installation)
+	}
+	return nil
+}
+
+// checkNodeID: the node's name becomes part of a tag's name.
+func checkNodeID(name string) error {
+	if err := engine.CheckName("node", name); err != nil || len(name) > 63 {
+		return fault.New(fault.Invalid, "--node-id %q is not allowed: 1 to 63 characters of [a-z0-9._-], beginning with a letter or digit", name)
 	}
 	return nil
 }

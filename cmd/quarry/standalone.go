@@ -64,7 +64,8 @@ func standalone(ctx context.Context, o *options) (err error) {
 	worker.Engines = manager.Engine
 	agent := node.New(node.Config{NodeID: o.nodeID, Manager: manager, Engines: manager.Engine, KubeletDir: o.kubeletDir})
 	agents.Set(agent)
-	metrics.watch(manager, agent)
+	metrics.watchDomains(manager)
+	metrics.watchHost(agent)
 	service, err := csi.New(csi.Config{
 		DriverName: o.driverName, Version: version, NodeID: o.nodeID,
 		Manager: manager, Node: agent, Metrics: metrics.registry, Tracer: tracer,
@@ -79,16 +80,18 @@ func standalone(ctx context.Context, o *options) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	ready := &atomic.Bool{}
 	if metricsSocket != nil {
-		group.Go(func() error { return admin.Serve(ctx, metricsSocket, metrics.handler(ready, manager), adminGrace) })
+		group.Go(func() error {
+			return admin.Serve(ctx, metricsSocket, metrics.handler(ready, domainsOf(manager)), adminGrace)
+		})
 		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
 	}
-	opening := &openers{manager: manager, registry: registry, node: o.nodeID}
+	opening := &openers{manager: manager, open: here(registry)}
 	// The manager closes when nobody asks it any more, and nothing is being opened.
 	stopped := func(err error) error {
 		opening.wait()
 		return errors.Join(err, manager.Close())
 	}
-	if err := opening.start(ctx, entries); err != nil {
+	if err := opening.start(ctx, entries, o.nodeID); err != nil {
 		group.Go(func() error { return err }) // ends the others
 		return stopped(group.Wait())
 	}

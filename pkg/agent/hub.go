@@ -24,8 +24,6 @@ import (
 // HubConfig of the controller's side.
 type HubConfig struct {
 	Release string
-	// Manager answers what agents ask.
-	Manager node.Manager
 	// Admit says whether a token proves that its bearer is the agent of a node: nil,
 	// or fault.Permission with the reason.
 	Admit func(ctx context.Context, token, node string) error
@@ -62,8 +60,9 @@ func NewHub(cfg HubConfig) *Hub {
 	return &Hub{cfg: cfg, peers: map[string]*peer{}, domains: map[string]*opening{}}
 }
 
-// Serve takes connections until ctx ends, then closes all.
-func (h *Hub) Serve(ctx context.Context, l net.Listener) error {
+// Serve takes connections until ctx ends, then closes all. manager answers what agents
+// ask, each of which speaks for its own node only.
+func (h *Hub) Serve(ctx context.Context, l net.Listener, manager node.Manager) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
 	var running sync.WaitGroup
@@ -94,7 +93,7 @@ func (h *Hub) Serve(ctx context.Context, l net.Listener) error {
 			defer conn.Close()
 			end := context.AfterFunc(ctx, func() { _ = conn.Close() })
 			defer end()
-			if err := h.serve(ctx, conn); err != nil && ctx.Err() == nil {
+			if err := h.serve(ctx, conn, manager); err != nil && ctx.Err() == nil {
 				klog.FromContext(ctx).Info("An agent's connection has ended", "address", conn.RemoteAddr().String(), "err", err)
 			}
 		})
@@ -102,7 +101,7 @@ func (h *Hub) Serve(ctx context.Context, l net.Listener) error {
 }
 
 // serve is the life of one connection.
-func (h *Hub) serve(ctx context.Context, conn net.Conn) error {
+func (h *Hub) serve(ctx context.Context, conn net.Conn, manager node.Manager) error {
 	hello, err := h.welcome(ctx, conn)
 	if err != nil {
 		return err
@@ -118,7 +117,7 @@ func (h *Hub) serve(ctx context.Context, conn net.Conn) error {
 	log := klog.FromContext(ctx)
 	log.Info("An agent has connected", "node", p.node, "release", hello.GetRelease(), "address", conn.RemoteAddr().String())
 	g := newServer()
-	agentpb.RegisterControllerServer(g, &upstream{manager: h.cfg.Manager, node: p.node})
+	agentpb.RegisterControllerServer(g, &upstream{manager: manager, node: p.node})
 	err = serveStreams(s, map[string]*grpc.Server{controllerService: g})
 	h.leave(p, s)
 	return err

@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"slices"
 	"sync"
@@ -187,6 +188,17 @@ func (l *Link) Engine(domain string) (*engine.Users, error) {
 	u := engine.NewUsers(e)
 	l.users[key] = u
 	return u, nil
+}
+
+// KnownDomains are those that the controller has opened here, by their IDs.
+func (l *Link) KnownDomains() []image.DomainInfo {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	var out []image.DomainInfo
+	for _, id := range slices.Sorted(maps.Keys(l.adopted)) {
+		out = append(out, image.DomainInfo{ID: id, Open: true, Config: image.DomainConfig{Name: l.adopted[id].client, Engine: l.adopted[id].engine}})
+	}
+	return out
 }
 
 // adopt notes under which IDs the controller knows what it has opened.

@@ -60,12 +60,12 @@ func newRig(t *testing.T) *rig {
 
 // control begins a controller's life on a listener.
 func (r *rig) control(l net.Listener) {
-	r.hub = agent.NewHub(agent.HubConfig{Release: "test", Manager: late{r}, Admit: r.admit})
+	r.hub = agent.NewHub(agent.HubConfig{Release: "test", Admit: r.admit})
 	r.manager = image.New(image.Config{Installation: "test", Agents: r.hub, Worker: r.hub, CollectEvery: -1})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	hub, manager := r.hub, r.manager
-	go func() { ended <- hub.Serve(ctx, l) }()
+	go func() { ended <- hub.Serve(ctx, l, manager) }()
 	r.stop = sync.OnceFunc(func() {
 		err := manager.Close()
 		cancel()
@@ -73,25 +73,6 @@ func (r *rig) control(l net.Listener) {
 			r.t.Error(err)
 		}
 	})
-}
-
-// late is the manager that there is when it is asked.
-type late struct{ r *rig }
-
-func (l late) Stage(ctx context.Context, h image.Handle, node string, g int64) (image.Staging, error) {
-	return l.r.manager.Stage(ctx, h, node, g)
-}
-func (l late) Formatted(ctx context.Context, h image.Handle, node, fs string) error {
-	return l.r.manager.Formatted(ctx, h, node, fs)
-}
-func (l late) Built(ctx context.Context, h image.Handle, node string, told int64) error {
-	return l.r.manager.Built(ctx, h, node, told)
-}
-func (l late) Outline(ctx context.Context, h image.Handle, node string) (image.Outline, error) {
-	return l.r.manager.Outline(ctx, h, node)
-}
-func (l late) Unstaged(ctx context.Context, h image.Handle, node string, told int64) error {
-	return l.r.manager.Unstaged(ctx, h, node, told)
 }
 
 func (r *rig) admit(_ context.Context, token, node string) error {

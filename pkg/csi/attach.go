@@ -28,7 +28,7 @@ func (s *Server) ControllerPublishVolume(ctx context.Context, req *csi.Controlle
 	if _, err := s.volumeImage(ctx, h); err != nil {
 		return nil, err
 	}
-	if err := s.cfg.KnownNode(req.GetNodeId()); err != nil {
+	if err := s.cfg.KnownNode(ctx, req.GetNodeId()); err != nil {
 		return nil, err
 	}
 	at, err := s.cfg.Manager.Attach(ctx, h, req.GetNodeId(), a, req.GetReadonly() || a.Mode.ReadOnly())

@@ -12,10 +12,10 @@ func (s *Server) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi
 	return &csi.GetPluginInfoResponse{Name: s.cfg.DriverName, VendorVersion: s.cfg.Version}, nil
 }
 
-// Probe answers that the process is there. A domain that is missing is no
-// reason to restart it, so it never fails a probe.
+// Probe answers that the process is there, and whether it works or waits. A domain
+// that is missing is no reason to restart it, so it never fails a probe.
 func (s *Server) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
-	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
+	return &csi.ProbeResponse{Ready: wrapperspb.Bool(s.cfg.Standby() == nil)}, nil
 }
 
 // GetPluginCapabilities lists the services.

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"path"
 	"runtime/debug"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -33,6 +34,9 @@ func (s *Server) intercept(base klog.Logger) grpc.UnaryServerInterceptor {
 		c.log.V(4).Info("Call", "content", redacted{req})
 		var reply any
 		err := c.end(guard(c.log, func() (err error) {
+			if err := s.standby(info.FullMethod); err != nil {
+				return err
+			}
 			reply, err = handler(klog.NewContext(ctx, c.log), req)
 			return err
 		}))
@@ -49,9 +53,23 @@ func (s *Server) interceptStream(base klog.Logger) grpc.StreamServerInterceptor 
 	return func(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		c := s.begin(base, info.FullMethod)
 		return c.end(guard(c.log, func() error {
+			if err := s.standby(info.FullMethod); err != nil {
+				return err
+			}
 			return handler(service, loggedStream{stream, klog.NewContext(stream.Context(), c.log), c.log})
 		}))
 	}
+}
+
+// standby refuses all but Identity where another process works.
+func (s *Server) standby(method string) error {
+	if strings.HasPrefix(method, "/csi.v1.Identity/") {
+		return nil
+	}
+	if why := s.cfg.Standby(); why != nil {
+		return fault.New(fault.Unavailable, "%w", why)
+	}
+	return nil
 }
 
 // loggedStream has the call's logger in its context.

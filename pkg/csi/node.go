@@ -233,7 +233,7 @@ func (s *Server) NodeGetVolumeHealth(ctx context.Context, req *csi.NodeGetVolume
 // NodeGetStorageHealth says which domains cannot be used from this node.
 func (s *Server) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
 	var open, problems []string
-	for _, d := range s.cfg.Manager.KnownDomains() {
+	for _, d := range s.cfg.Domains.KnownDomains() {
 		switch {
 		case d.Config.Scope == image.ScopeNode && d.Config.Node != s.cfg.NodeID:
 		case d.Open:

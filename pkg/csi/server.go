@@ -68,6 +68,9 @@ type Manager interface {
 
 var _ Manager = (*image.Manager)(nil)
 
+// Domains lists the domains that are configured, without asking their storage.
+type Domains interface{ KnownDomains() []image.DomainInfo }
+
 // Config of a Server.
 type Config struct {
 	// DriverName; "" means the constant DriverName.
@@ -76,13 +79,19 @@ type Config struct {
 	// NodeID is the name of the node that this process runs on: the CSI node ID
 	// and the value of TopologyKey. 1 to 63 characters as in a Kubernetes label's value.
 	NodeID string
-	// Manager serves Controller, GroupController and SnapshotMetadata.
+	// Manager serves Controller, GroupController and SnapshotMetadata; nil: they are not
+	// served here.
 	Manager Manager
-	// Node serves Node.
+	// Node serves Node; nil: it is not served here.
 	Node Node
+	// Domains are those that Node tells the health of; nil: Manager's.
+	Domains Domains
+	// Standby says why this process only waits: it then answers Identity alone, and Probe
+	// that it is not ready, so that sidecars wait, too. nil, or a nil error: it works.
+	Standby func() error
 	// KnownNode says whether a volume may be attached to a node: fault.NotFound
 	// if there is no such node. nil: NodeID is the only one.
-	KnownNode func(node string) error
+	KnownNode func(ctx context.Context, node string) error
 	// Tracer makes spans of calls; nil: none.
 	Tracer trace.TracerProvider
 	// Metrics takes the histogram of calls; nil: none.
@@ -109,14 +118,23 @@ func New(cfg Config) (*Server, error) {
 	if cfg.DriverName == "" {
 		cfg.DriverName = DriverName
 	}
-	if !label.MatchString(cfg.NodeID) || len(cfg.NodeID) > 63 {
+	if cfg.Node != nil && (!label.MatchString(cfg.NodeID) || len(cfg.NodeID) > 63) {
 		return nil, fault.New(fault.Invalid, "node ID %q: 1 to 63 letters, digits, '-', '_' and '.' are allowed, beginning and ending with a letter or digit", cfg.NodeID)
 	}
-	if cfg.Manager == nil || cfg.Node == nil {
-		return nil, fault.New(fault.Invalid, "a CSI server needs an Image Manager and a node")
+	if cfg.Manager == nil && cfg.Node == nil {
+		return nil, fault.New(fault.Invalid, "a CSI server needs an Image Manager or a node")
+	}
+	if cfg.Domains == nil {
+		cfg.Domains = cfg.Manager
+	}
+	if cfg.Node != nil && cfg.Domains == nil {
+		return nil, fault.New(fault.Invalid, "a CSI server of a node needs to know the domains")
+	}
+	if cfg.Standby == nil {
+		cfg.Standby = func() error { return nil }
 	}
 	if cfg.KnownNode == nil {
-		cfg.KnownNode = func(node string) error {
+		cfg.KnownNode = func(_ context.Context, node string) error {
 			if node != cfg.NodeID {
 				return fault.New(fault.NotFound, "node_id %q is not a node of this installation: the only one is %q", node, cfg.NodeID)
 			}
@@ -180,10 +198,14 @@ func (s *Server) serve(ctx context.Context, l net.Listener) error {
 	}
 	g := grpc.NewServer(opts...)
 	csi.RegisterIdentityServer(g, s)
-	csi.RegisterControllerServer(g, s)
-	csi.RegisterGroupControllerServer(g, s)
-	csi.RegisterSnapshotMetadataServer(g, s)
-	csi.RegisterNodeServer(g, s)
+	if s.cfg.Manager != nil {
+		csi.RegisterControllerServer(g, s)
+		csi.RegisterGroupControllerServer(g, s)
+		csi.RegisterSnapshotMetadataServer(g, s)
+	}
+	if s.cfg.Node != nil {
+		csi.RegisterNodeServer(g, s)
+	}
 
 	served := make(chan error, 1)
 	go func() { served <- g.Serve(l) }()

@@ -88,7 +88,7 @@ func TestACallOverTheSocket(t *testing.T) {
 
 	// A bug in one call does not end the others.
 	m.images = nil
-	s.cfg.KnownNode = func(string) error { panic("boom") }
+	s.cfg.KnownNode = func(context.Context, string) error { panic("boom") }
 	m2, _, _ := world(t)
 	m.images = m2.cfg.Manager.(*fakeManager).images
 	_, err = c.ControllerPublishVolume(ctx, &csi.ControllerPublishVolumeRequest{VolumeId: "nas/v-1", NodeId: "n1", VolumeCapability: mount("", writer)})

@@ -124,8 +124,13 @@ type Manager struct {
 
 	mu       sync.Mutex
 	domains  map[string]*domain // by ID and by alias
-	unopened map[string]unopened
+	unopened map[entry]unopened
 }
+
+// entry is a configured domain, or that of one node where each node has its own.
+type entry struct{ name, node string }
+
+func (c *DomainConfig) entry() entry { return entry{c.Name, c.Node} }
 
 type unopened struct {
 	cfg    DomainConfig
@@ -142,7 +147,7 @@ func New(cfg Config) *Manager {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{cfg: cfg, ctx: ctx, cancel: cancel, ops: operations{byKey: map[string]*operation{}},
-		domains: map[string]*domain{}, unopened: map[string]unopened{}}
+		domains: map[string]*domain{}, unopened: map[entry]unopened{}}
 	m.tellings.Store(rand.Int64N(1 << 62))
 	return m
 }
@@ -175,7 +180,7 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	for _, k := range keys {
 		m.domains[k] = d
 	}
-	delete(m.unopened, cfg.Name)
+	delete(m.unopened, cfg.entry())
 	klog.FromContext(ctx).Info("Domain opened", "domain", d.id, "engine", cfg.Engine, "location", desc.Location,
 		"epoch", d.epoch, "images", len(d.images), "capabilities", d.caps.List())
 	if m.cfg.CollectEvery > 0 {
@@ -217,7 +222,7 @@ func checkDomainConfig(cfg *DomainConfig) error {
 func (m *Manager) Unopened(cfg DomainConfig, reason error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.unopened[cfg.Name] = unopened{cfg, reason}
+	m.unopened[cfg.entry()] = unopened{cfg, reason}
 }
 
 // Close stops background work, waits for it, and closes the engines. Running
@@ -255,8 +260,8 @@ func (m *Manager) domain(id string) (*domain, error) {
 	if d := m.domains[id]; d != nil {
 		return d, nil
 	}
-	for name, u := range m.unopened {
-		if id == name || strings.HasPrefix(id, name+".") {
+	for e, u := range m.unopened {
+		if id == e.name || strings.HasPrefix(id, e.name+".") {
 			return nil, fault.New(fault.Unavailable, "domain %s is not open: %w", id, u.reason)
 		}
 	}
@@ -267,8 +272,8 @@ func (m *Manager) domain(id string) (*domain, error) {
 func (m *Manager) allOpen() error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for name, u := range m.unopened {
-		return fault.New(fault.Unavailable, "domain %s is not open: %w", name, u.reason)
+	for e, u := range m.unopened {
+		return fault.New(fault.Unavailable, "domain %s is not open: %w", e.name, u.reason)
 	}
 	return nil
 }
@@ -317,6 +322,16 @@ func (m *Manager) Engine(domain string) (*engine.Users, error) {
 		return nil, err
 	}
 	return d.users, nil
+}
+
+// IDs are those of an open domain, under which nodes may have staged its images: its own
+// first, then its aliases'. fault.Unavailable: not open.
+func (m *Manager) IDs(domain string) ([]string, error) {
+	d, err := m.domain(domain)
+	if err != nil {
+		return nil, err
+	}
+	return d.ids(), nil
 }
 
 // Topology says from which node a domain's images can be reached; "": from all.

@@ -40,16 +40,25 @@ func (m *Manager) candidates(names []string) ([]*domain, error) {
 			}
 		}
 		if !found {
-			m.mu.Lock()
-			u, closed := m.unopened[n]
-			m.mu.Unlock()
-			if closed {
-				return nil, fault.New(fault.Unavailable, "domain %s is not open: %w", n, u.reason)
+			if why := m.closed(n); why != nil {
+				return nil, fault.New(fault.Unavailable, "domain %s is not open: %w", n, why)
 			}
 			return nil, fault.New(fault.Invalid, "parameter domain: %q is not configured: one of %s", n, strings.Join(configuredNames(open), ", "))
 		}
 	}
 	return out, nil
+}
+
+// closed says why a configured domain is not open; nil: there is none of that name.
+func (m *Manager) closed(name string) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for e, u := range m.unopened {
+		if e.name == name {
+			return u.reason
+		}
+	}
+	return nil
 }
 
 func configuredNames(ds []*domain) []string {

@@ -1,0 +1,398 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/json"
+	"encoding/pem"
+	"errors"
+	"fmt"
+	"io"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"k8s.io/client-go/kubernetes/scheme"
+)
+
+// api is as much of a Kubernetes API server as quarry asks: a namespace, nodes, token
+// reviews, Leases. The real one is asked in the cluster tests.
+type api struct {
+	*httptest.Server
+	mu     sync.Mutex
+	tokens map[string]string         // token: node
+	leases map[string]map[string]any // by path
+	count  int
+}
+
+func newAPI(t *testing.T) *api {
+	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}}
+	a.Server = httptest.NewServer(a)
+	t.Cleanup(a.Close)
+	return a
+}
+
+func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	var body map[string]any
+	if data, _ := io.ReadAll(r.Body); len(data) > 0 { // clients send Protobuf, and take JSON
+		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(data, nil, nil)
+		if err != nil {
+			panic(err)
+		}
+		data, _ = json.Marshal(object)
+		_ = json.Unmarshal(data, &body)
+	}
+	answer := func(code int, v map[string]any) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		_ = json.NewEncoder(w).Encode(v)
+	}
+	refuse := func(code int, reason string) {
+		answer(code, map[string]any{"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code, "message": reason + ": " + r.URL.Path})
+	}
+	object := func(kind, version, name string) map[string]any {
+		return map[string]any{"kind": kind, "apiVersion": version, "metadata": map[string]any{"name": name, "uid": "uid-of-" + name}}
+	}
+	const leases = "/apis/coordination.k8s.io/v1/namespaces/quarry/leases"
+	path := r.URL.Path
+	switch {
+	case path == "/api/v1/namespaces/kube-system":
+		answer(http.StatusOK, object("Namespace", "v1", "kube-system"))
+	case path == "/api/v1/nodes/n1" || path == "/api/v1/nodes/n2":
+		answer(http.StatusOK, object("Node", "v1", filepath.Base(path)))
+	case path == "/apis/authentication.k8s.io/v1/tokenreviews":
+		spec := body["spec"].(map[string]any)
+		node, ok := a.tokens[spec["token"].(string)]
+		body["status"] = map[string]any{"authenticated": ok}
+		if ok {
+			body["status"] = map[string]any{"authenticated": true, "audiences": spec["audiences"], "user": map[string]any{
+				"username": "system:serviceaccount:quarry:quarry-node",
+				"extra": map[string]any{"authentication.kubernetes.io/node-name": []string{node},
+					"authentication.kubernetes.io/pod-name": []string{"quarry-node-" + node}, "authentication.kubernetes.io/pod-uid": []string{"1"}}}}
+		}
+		answer(http.StatusCreated, body)
+	case path == leases && r.Method == http.MethodPost:
+		path = leases + "/" + body["metadata"].(map[string]any)["name"].(string)
+		if a.leases[path] != nil {
+			refuse(http.StatusConflict, "AlreadyExists")
+			return
+		}
+		a.keep(path, body)
+		answer(http.StatusCreated, body)
+	case strings.HasPrefix(path, leases+"/") && a.leases[path] == nil:
+		refuse(http.StatusNotFound, "NotFound")
+	case strings.HasPrefix(path, leases+"/") && r.Method == http.MethodPut:
+		if body["metadata"].(map[string]any)["resourceVersion"] != a.leases[path]["metadata"].(map[string]any)["resourceVersion"] {
+			refuse(http.StatusConflict, "Conflict")
+			return
+		}
+		a.keep(path, body)
+		answer(http.StatusOK, body)
+	case strings.HasPrefix(path, leases+"/"):
+		answer(http.StatusOK, a.leases[path])
+	default:
+		refuse(http.StatusNotFound, "NotFound")
+	}
+}
+
+func (a *api) keep(path string, lease map[string]any) {
+	a.count++
+	lease["metadata"].(map[string]any)["resourceVersion"] = fmt.Sprint(a.count)
+	a.leases[path] = lease
+}
+
+// cluster is a place with two controllers and two agents to be started.
+type cluster struct {
+	t *testing.T
+	place
+	api   *api
+	ports map[string]string // of controllers, by name
+}
+
+func newCluster(t *testing.T, domains string) *cluster {
+	t.Helper()
+	c := &cluster{t: t, place: newPlace(t, domains), api: newAPI(t), ports: map[string]string{}}
+	c.file("kubeconfig", "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \""+c.api.URL+"\"}}]\ncontexts: [{name: c, context: {cluster: c}}]\ncurrent-context: c\n")
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	c.must(err)
+	about := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "quarry"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
+	cert, err := x509.CreateCertificate(rand.Reader, about, about, &key.PublicKey, key)
+	c.must(err)
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	c.must(err)
+	c.file("tls.crt", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert})))
+	c.file("tls.key", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: private})))
+	return c
+}
+
+func (c *cluster) must(err error) {
+	c.t.Helper()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+func (c *cluster) path(name string) string { return filepath.Join(c.dir, name) }
+
+func (c *cluster) file(name, text string) {
+	c.t.Helper()
+	c.must(os.WriteFile(c.path(name), []byte(text), 0o600))
+}
+
+// freePort is one that nobody uses now.
+func freePort(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return fmt.Sprint(l.Addr().(*net.TCPAddr).Port)
+}
+
+// controller starts one. All take agents at the same address: only the leader does.
+func (c *cluster) controller(name string) *running {
+	c.t.Helper()
+	if c.ports["agents"] == "" {
+		c.ports["agents"] = freePort(c.t)
+	}
+	return begin(c.t, "Serving CSI", "controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name+".sock"), "--admin-endpoint", c.path(name+"-admin.sock"),
+		"--agents-endpoint", "127.0.0.1:"+c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
+		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name,
+		"--leader-election-lease-duration", "3s", "--leader-election-renew-deadline", "2s", "--leader-election-retry-period", "200ms")
+}
+
+// agent starts one, with a token of its node.
+func (c *cluster) agent(node string) *running {
+	c.t.Helper()
+	token := rand.Text()
+	c.api.mu.Lock()
+	c.api.tokens[token] = node
+	c.api.mu.Unlock()
+	c.file(node+".token", token+"\n")
+	c.must(os.MkdirAll(c.path("kubelet"), 0o755))
+	return begin(c.t, "Connected to the controller", "node", "--node-id", node, "--endpoint", c.path(node+".sock"), "--kubelet-dir", c.path("kubelet"),
+		"--controller", "localhost:"+c.ports["agents"], "--controller-ca-file", c.path("tls.crt"), "--token-file", c.path(node+".token"))
+}
+
+// at speaks CSI to a socket.
+func (c *cluster) at(name string) *grpc.ClientConn {
+	c.t.Helper()
+	conn, err := grpc.NewClient("unix:"+c.path(name+".sock"), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	c.must(err)
+	c.t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// again makes a call until the answer is not that something may still be running.
+func again[Q, A any](t *testing.T, method func(context.Context, Q, ...grpc.CallOption) (A, error), request Q) A {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+		reply, err := method(t.Context(), request)
+		switch code := status.Code(err); {
+		case err == nil:
+			return reply
+		case code != codes.Unavailable && code != codes.Aborted && code != codes.DeadlineExceeded || time.Now().After(end):
+			t.Fatalf("%T: %v", request, err)
+		}
+	}
+}
+
+func (c *cluster) ready(name string) bool {
+	r, err := csi.NewIdentityClient(c.at(name)).Probe(c.t.Context(), &csi.ProbeRequest{})
+	c.must(err)
+	return r.GetReady().GetValue()
+}
+
+func (c *cluster) wait(what string, is func() bool) {
+	c.t.Helper()
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			c.t.Fatalf("waited for %s", what)
+		}
+	}
+}
+
+func blockWriter() *csi.VolumeCapability {
+	return &csi.VolumeCapability{AccessType: &csi.VolumeCapability_Block{Block: &csi.VolumeCapability_BlockVolume{}},
+		AccessMode: &csi.VolumeCapability_AccessMode{Mode: csi.VolumeCapability_AccessMode_SINGLE_NODE_WRITER}}
+}
+
+// publish attaches a volume to a node and returns the device that a workload would get.
+func (c *cluster) publish(controller, node, volume string) string {
+	c.t.Helper()
+	name := strings.ReplaceAll(volume, "/", "-")
+	staging, target := c.path("kubelet/"+name+"-staging"), c.path("kubelet/"+name+"-target")
+	c.must(os.MkdirAll(staging, 0o755))
+	at := again(c.t, csi.NewControllerClient(c.at(controller)).ControllerPublishVolume, &csi.ControllerPublishVolumeRequest{VolumeId: volume, NodeId: node, VolumeCapability: blockWriter()})
+	n := csi.NewNodeClient(c.at(node))
+	again(c.t, n.NodeStageVolume, &csi.NodeStageVolumeRequest{VolumeId: volume, PublishContext: at.GetPublishContext(), StagingTargetPath: staging, VolumeCapability: blockWriter()})
+	again(c.t, n.NodePublishVolume, &csi.NodePublishVolumeRequest{VolumeId: volume, PublishContext: at.GetPublishContext(), StagingTargetPath: staging, TargetPath: target, VolumeCapability: blockWriter()})
+	return target
+}
+
+func (c *cluster) unpublish(controller, node, volume string) {
+	c.t.Helper()
+	name := strings.ReplaceAll(volume, "/", "-")
+	n := csi.NewNodeClient(c.at(node))
+	again(c.t, n.NodeUnpublishVolume, &csi.NodeUnpublishVolumeRequest{VolumeId: volume, TargetPath: c.path("kubelet/" + name + "-target")})
+	again(c.t, n.NodeUnstageVolume, &csi.NodeUnstageVolumeRequest{VolumeId: volume, StagingTargetPath: c.path("kubelet/" + name + "-staging")})
+	again(c.t, csi.NewControllerClient(c.at(controller)).ControllerUnpublishVolume, &csi.ControllerUnpublishVolumeRequest{VolumeId: volume, NodeId: node})
+}
+
+// TestControllersAndAgents: two controllers, of which one leads and is killed; two agents
+// that reach the same domain.
+func TestControllersAndAgents(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("quarry node needs root")
+	}
+	c := newCluster(t, "domains:\n- {name: nas, engine: dir, scope: shared, params: {path: \"{STORAGE}\"}}\n")
+	first := c.controller("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	second := c.controller("c2")
+	if c.ready("c2") {
+		t.Fatal("two controllers lead")
+	}
+	_, err := csi.NewControllerClient(c.at("c2")).ListVolumes(t.Context(), &csi.ListVolumesRequest{})
+	if status.Code(err) != codes.Unavailable {
+		t.Errorf("who does not lead lists volumes: %v", err)
+	}
+	n1, n2 := c.agent("n1"), c.agent("n2")
+
+	create := func(controller string, r *csi.CreateVolumeRequest) *csi.Volume {
+		t.Helper()
+		r.VolumeCapabilities, r.CapacityRange = []*csi.VolumeCapability{blockWriter()}, &csi.CapacityRange{RequiredBytes: 4 << 20}
+		return again(t, csi.NewControllerClient(c.at(controller)).CreateVolume, r).GetVolume()
+	}
+	v := create("c1", &csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"domain": "nas"}})
+	device := c.publish("c1", "n1", v.GetVolumeId())
+	content := bytes.Repeat([]byte("quarry! "), 512)
+	write := func(path string) {
+		t.Helper()
+		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+		c.must(err)
+		_, err = f.WriteAt(content, 1<<20)
+		c.must(errors.Join(err, f.Sync(), f.Close()))
+	}
+	holds := func(path string) {
+		t.Helper()
+		f, err := os.Open(path)
+		c.must(err)
+		defer f.Close()
+		b := make([]byte, len(content))
+		_, err = f.ReadAt(b, 1<<20)
+		c.must(err)
+		if !bytes.Equal(b, content) {
+			t.Errorf("%s does not hold what was written", path)
+		}
+	}
+	write(device)
+	_, err = csi.NewControllerClient(c.at("c1")).ControllerPublishVolume(t.Context(), &csi.ControllerPublishVolumeRequest{VolumeId: v.GetVolumeId(), NodeId: "n3", VolumeCapability: blockWriter()})
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("attached to a node that does not exist: %v", err)
+	}
+
+	// The leader dies. The device stays in use, and the other controller goes on.
+	c.must(first.cmd.Process.Kill())
+	c.wait("c2 to lead", func() bool { return c.ready("c2") })
+	holds(device)
+	c.unpublish("c2", "n1", v.GetVolumeId())
+	snapshot := again(t, csi.NewControllerClient(c.at("c2")).CreateSnapshot, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: v.GetVolumeId()}).GetSnapshot().GetSnapshotId()
+	clone := create("c2", &csi.CreateVolumeRequest{Name: "clone", Parameters: map[string]string{"domain": "nas"},
+		VolumeContentSource: &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: snapshot}}}})
+	holds(c.publish("c2", "n2", clone.GetVolumeId()))
+
+	// An agent is replaced while its node uses a volume.
+	n2.stop(t)
+	n2 = c.agent("n2")
+	holds(c.publish("c2", "n2", clone.GetVolumeId()))
+	c.unpublish("c2", "n2", clone.GetVolumeId())
+
+	for _, id := range []string{v.GetVolumeId(), clone.GetVolumeId()} {
+		again(t, csi.NewControllerClient(c.at("c2")).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: id})
+	}
+	again(t, csi.NewControllerClient(c.at("c2")).DeleteSnapshot, &csi.DeleteSnapshotRequest{SnapshotId: snapshot})
+	second.stop(t)
+	n1.stop(t)
+	n2.stop(t)
+	for _, r := range []*running{first, second, n1, n2} {
+		for token := range c.api.tokens {
+			if strings.Contains(r.said(), token) {
+				t.Errorf("a token is in a log:\n%s", r.said())
+			}
+		}
+	}
+}
+
+// TestADomainOfEachNode: it is opened when the node's agent has come, however late, and its
+// volumes are that node's.
+func TestADomainOfEachNode(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("quarry node needs root")
+	}
+	c := newCluster(t, oneDomain)
+	controller := c.controller("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	request := &csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"domain": "local"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
+	_, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
+	if err == nil {
+		t.Fatal("a volume was made without any node")
+	}
+	agent := c.agent("n1")
+	var v *csi.Volume
+	c.wait("the node's domain to be open", func() bool {
+		r, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
+		v = r.GetVolume()
+		return err == nil
+	})
+	if top := v.GetAccessibleTopology(); !strings.HasPrefix(v.GetVolumeId(), "local.") || len(top) != 1 || top[0].GetSegments()["csi.quarry.dev/node"] != "n1" {
+		t.Errorf("the volume is %v", v)
+	}
+	again(t, csi.NewControllerClient(c.at("c1")).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: v.GetVolumeId()})
+	agent.stop(t)
+	controller.stop(t)
+}
+
+// TestAForgedAgentGetsInNowhere: a token that is none, and one of another node.
+func TestAForgedAgentGetsInNowhere(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("quarry node needs root")
+	}
+	c := newCluster(t, oneDomain)
+	controller := c.controller("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	c.api.mu.Lock()
+	c.api.tokens["that of n2"] = "n2"
+	c.api.mu.Unlock()
+	c.must(os.MkdirAll(c.path("kubelet"), 0o755))
+	for what, token := range map[string]string{"forged": "forged", "foreign": "that of n2"} {
+		c.file("token", token)
+		r := begin(t, "does not let this agent in", "node", "--node-id", "n1", "--endpoint", c.path(what+".sock"), "--kubelet-dir", c.path("kubelet"),
+			"--controller", "localhost:"+c.ports["agents"], "--controller-ca-file", c.path("tls.crt"), "--token-file", c.path("token"))
+		if strings.Contains(r.said(), token+"\n") || strings.Contains(r.said(), `="`+token) {
+			t.Errorf("the token is in the log:\n%s", r.said())
+		}
+		r.stop(t)
+	}
+	controller.stop(t)
+}

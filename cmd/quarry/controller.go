@@ -1,0 +1,321 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/cmd/internal/engines"
+	"github.com/quarry-csi/quarry/pkg/admin"
+	"github.com/quarry-csi/quarry/pkg/agent"
+	"github.com/quarry-csi/quarry/pkg/csi"
+	"github.com/quarry-csi/quarry/pkg/domain"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/pkg/kube"
+)
+
+// controllerOptions of quarry controller, as said and as checked.
+type controllerOptions struct {
+	endpoint, adminEndpoint, metricsEndpoint string
+	agentsEndpoint, certFile, keyFile        string
+	domains, driverName, installation        string
+	kubeconfig, namespace, serviceAccount    string
+	identity                                 string
+	lease                                    kube.LeaseConfig
+
+	csi, admin admin.Endpoint
+	metrics    string
+}
+
+func controllerCommand() *cobra.Command {
+	o := &controllerOptions{}
+	cmd := &cobra.Command{
+		Use: "controller", Short: "Run the controller of a Kubernetes cluster: all image work, by agents on nodes",
+		Long: `Run the controller of a Kubernetes cluster. It serves CSI to its sidecars, and does
+all work on storage through the agents of nodes ("quarry node"), which connect to it.
+It needs no privilege. Of several, one leads, by a Lease; the others answer Probe
+with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
+		Example: `  quarry controller --domains /etc/quarry/domains.yaml --tls-cert-file tls.crt --tls-private-key-file tls.key`,
+		Args:    cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := o.check(); err != nil {
+				return err
+			}
+			return controller(cmd.Context(), o)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.endpoint, "endpoint", "unix:///csi/csi.sock", "where to serve CSI to the sidecars: unix:///path")
+	f.StringVar(&o.adminEndpoint, "admin-endpoint", "unix:///run/quarry/admin.sock", "where to serve kubectl quarry while leading: unix:///path; empty: nowhere")
+	f.StringVar(&o.metricsEndpoint, "metrics-endpoint", "", "where to serve /metrics, /healthz and /readyz: ADDRESS:PORT, or :PORT for 127.0.0.1; empty: nowhere")
+	f.StringVar(&o.agentsEndpoint, "agents-endpoint", ":9810", "where agents connect, while leading: ADDRESS:PORT")
+	f.StringVar(&o.certFile, "tls-cert-file", "", "certificate that agents see, PEM (required)")
+	f.StringVar(&o.keyFile, "tls-private-key-file", "", "its private key, PEM (required)")
+	f.StringVar(&o.domains, "domains", "/etc/quarry/domains.yaml", "the domains file")
+	f.StringVar(&o.driverName, "driver-name", "", "name of the CSI driver (default: csi.quarry.dev)")
+	f.StringVar(&o.installation, "installation", "", "identity that owns the domains (default: the UID of namespace kube-system)")
+	f.StringVar(&o.kubeconfig, "kubeconfig", "", "how to reach Kubernetes (default: as a pod of the cluster)")
+	f.StringVar(&o.namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of the Lease and of the agents' ServiceAccount (default: $POD_NAMESPACE)")
+	f.StringVar(&o.serviceAccount, "agent-service-account", "quarry-node", "ServiceAccount of the agents, in that namespace")
+	f.StringVar(&o.identity, "leader-election-identity", "", "name of this candidate (default: $POD_NAME, else the host's name)")
+	f.StringVar(&o.lease.Name, "leader-election-lease", "quarry-controller", "name of the Lease")
+	f.DurationVar(&o.lease.LeaseDuration, "leader-election-lease-duration", 15*time.Second, "how long others wait for a leader that does not renew its Lease")
+	f.DurationVar(&o.lease.RenewDeadline, "leader-election-renew-deadline", 10*time.Second, "how long a leader tries to renew before it gives up and ends")
+	f.DurationVar(&o.lease.RetryPeriod, "leader-election-retry-period", 5*time.Second, "pause between two attempts")
+	return cmd
+}
+
+func (o *controllerOptions) check() (err error) {
+	if o.csi, err = admin.ParseEndpoint(o.endpoint); err != nil {
+		return fmt.Errorf("--endpoint: %w", err)
+	}
+	if o.adminEndpoint != "" {
+		if o.admin, err = admin.ParseEndpoint(o.adminEndpoint); err != nil {
+			return fmt.Errorf("--admin-endpoint: %w", err)
+		}
+		if o.admin == o.csi {
+			return fault.New(fault.Invalid, "--endpoint and --admin-endpoint are both %s: they must differ", o.csi)
+		}
+	}
+	if o.metrics, err = loopbackByDefault(o.metricsEndpoint); err != nil {
+		return fmt.Errorf("--metrics-endpoint: %w", err)
+	}
+	if _, _, err := net.SplitHostPort(o.agentsEndpoint); err != nil {
+		return fault.New(fault.Invalid, "--agents-endpoint %q: must be ADDRESS:PORT or :PORT", o.agentsEndpoint)
+	}
+	if o.certFile == "" || o.keyFile == "" {
+		return fault.New(fault.Invalid, "--tls-cert-file and --tls-private-key-file are needed: agents send their tokens to nobody else")
+	}
+	if o.namespace == "" {
+		return fault.New(fault.Invalid, "--namespace is needed, or $POD_NAMESPACE: that of the Lease and of the agents' ServiceAccount")
+	}
+	if o.identity = cmp.Or(o.identity, os.Getenv("POD_NAME")); o.identity == "" {
+		if o.identity, err = os.Hostname(); err != nil {
+			return fault.New(fault.Invalid, "--leader-election-identity is not given and the host's name is not known: %w", err)
+		}
+	}
+	o.lease.Namespace, o.lease.Identity = o.namespace, o.identity
+	return nil
+}
+
+// controller runs until ctx ends, or until it has led and does not any more.
+func controller(ctx context.Context, o *controllerOptions) (err error) {
+	entries, err := domain.Load(o.domains, engines.Registry(host.Exec{}))
+	if err != nil {
+		return err
+	}
+	cert := &certificate{cert: o.certFile, key: o.keyFile}
+	agentsTLS, err := cert.config()
+	if err != nil {
+		return err
+	}
+	if err := o.csi.Unused(); err != nil {
+		return err
+	}
+	var metricsSocket net.Listener
+	if o.metrics != "" {
+		if metricsSocket, err = net.Listen("tcp", o.metrics); err != nil {
+			return fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
+		}
+		defer metricsSocket.Close()
+	}
+	client, err := kube.Connect(o.kubeconfig)
+	if err != nil {
+		return err
+	}
+	if o.installation == "" {
+		if o.installation, err = client.Installation(ctx); err != nil {
+			return err
+		}
+	}
+	tracer, flush, err := tracing(ctx, o.identity)
+	if err != nil {
+		return err
+	}
+	defer flush()
+
+	c := &leader{options: o, entries: entries, tls: agentsTLS, metrics: newMetrics()}
+	c.stand("this controller does not lead: ask the one that does")
+	admit, err := kube.NewAdmitter(client, kube.AdmitConfig{Namespace: o.namespace, ServiceAccount: o.serviceAccount, Audience: agent.Audience})
+	if err != nil {
+		return err
+	}
+	c.hub = agent.NewHub(agent.HubConfig{Release: version, Admit: admit.Admit, Joined: c.joined})
+	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe})
+	c.metrics.watchDomains(c.manager)
+	c.opening = &openers{manager: c.manager, open: c.open}
+	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits,
+		KnownNode: client.Node, Metrics: c.metrics.registry, Tracer: tracer})
+	if err != nil {
+		return err
+	}
+
+	group, ctx := errgroup.WithContext(ctx)
+	if metricsSocket != nil {
+		group.Go(func() error {
+			return admin.Serve(ctx, metricsSocket, c.metrics.handler(&c.ready, domainsOf(c.manager)), adminGrace)
+		})
+	}
+	served := make(chan struct{})
+	group.Go(func() error {
+		defer close(served)
+		return service.Serve(ctx, o.csi.String())
+	})
+	group.Go(func() error {
+		return kube.Lead(ctx, client, o.lease, func(leads context.Context) error { return c.lead(ctx, leads, served) })
+	})
+	klog.FromContext(ctx).Info("Started", "version", version, "identity", o.identity, "installation", o.installation,
+		"endpoint", o.csi.String(), "domains", len(entries))
+	err = group.Wait()
+	if !c.led {
+		err = errors.Join(err, c.manager.Close(), c.hub.Close())
+	}
+	klog.FromContext(ctx).Info("Stopped")
+	return err
+}
+
+// leader is what the controller that leads consists of.
+type leader struct {
+	options *controllerOptions
+	entries []domain.Entry
+	tls     *tls.Config
+	metrics *metrics
+	hub     *agent.Hub
+	manager *image.Manager
+	opening *openers
+	standby atomic.Pointer[string] // why it does not work; nil: it does
+	ready   atomic.Bool
+	led     bool // it has begun to lead; to be read when that has ended
+
+	mu    sync.Mutex
+	ctx   context.Context          // of leading; nil before and after
+	nodes map[string]chan struct{} // that have been here; to be told that one is again
+}
+
+func (c *leader) stand(why string) { c.standby.Store(&why) }
+
+func (c *leader) waits() error {
+	if why := c.standby.Load(); why != nil {
+		return fault.New(fault.Unavailable, "%s", *why)
+	}
+	return nil
+}
+
+// lead works until leads ends: with process, then what is being answered ends first; or by itself
+// when the Lease is lost.
+func (c *leader) lead(process, leads context.Context, served <-chan struct{}) error {
+	log := klog.FromContext(leads)
+	l, err := tls.Listen("tcp", c.options.agentsEndpoint, c.tls)
+	if err != nil {
+		return fault.New(fault.Invalid, "--agents-endpoint: %w", err)
+	}
+	var adminSocket net.Listener
+	if c.options.adminEndpoint != "" {
+		if adminSocket, err = c.options.admin.Listen(); err != nil {
+			return errors.Join(err, l.Close())
+		}
+	}
+	c.led = true
+	work, stop := context.WithCancel(context.WithoutCancel(leads))
+	defer stop()
+	c.mu.Lock()
+	c.ctx, c.nodes = leads, map[string]chan struct{}{}
+	for _, e := range c.entries {
+		if e.Scope == domain.ScopeShared {
+			c.opening.one(leads, e, "", c.told(""), nil)
+		}
+	}
+	c.mu.Unlock()
+	var group errgroup.Group
+	group.Go(func() error { return c.hub.Serve(work, l, c.manager) })
+	if adminSocket != nil {
+		about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
+			Node: c.options.identity, Installation: c.options.installation}
+		group.Go(func() error { return admin.Serve(leads, adminSocket, admin.Handler(c.manager, about), adminGrace) })
+	}
+	c.standby.Store(nil)
+	c.ready.Store(true)
+	log.Info("This controller leads", "agents", l.Addr().String())
+	<-leads.Done()
+	if process.Err() != nil {
+		<-served
+	}
+	c.stand("this controller leads no longer: ask the one that does")
+	c.ready.Store(false)
+	c.mu.Lock()
+	c.ctx = nil // nothing more is begun
+	c.mu.Unlock()
+	c.opening.wait()
+	err = c.manager.Close()
+	stop()
+	return errors.Join(err, group.Wait(), c.hub.Close())
+}
+
+// told is the channel on which those who open domains of a node ("": of all) hear that
+// an agent has connected. The caller holds c.mu.
+func (c *leader) told(node string) chan struct{} {
+	ch := c.nodes[node]
+	if ch == nil {
+		ch = make(chan struct{}, len(c.entries))
+		c.nodes[node] = ch
+	}
+	return ch
+}
+
+// joined is agent.HubConfig.Joined: the node's own domains are opened there, and all
+// others that it reaches.
+func (c *leader) joined(node string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx == nil {
+		return
+	}
+	ctx, known := c.ctx, c.nodes[node] != nil
+	own := c.told(node)
+	for _, ch := range []chan struct{}{own, c.told("")} {
+		for range c.entries { // each of those that wait
+			select {
+			case ch <- struct{}{}:
+			default:
+			}
+		}
+	}
+	if !known {
+		for _, e := range c.entries {
+			if e.Scope == domain.ScopeNode {
+				c.opening.one(ctx, e, node, own, nil)
+			}
+		}
+	}
+	c.opening.running.Go(func() { c.hub.Prepare(ctx, node) })
+}
+
+// open opens a domain on nodes.
+func (c *leader) open(ctx context.Context, e domain.Entry, node string) (engine.Engine, func(context.Context, string) error, error) {
+	d, err := c.hub.OpenDomain(ctx, agent.DomainSpec{Name: e.Name, Engine: e.Engine, Params: e.Params, Secrets: e.Secrets, Node: node})
+	if err != nil {
+		return nil, nil, fault.In(err, "open", e.Name, "")
+	}
+	return d, func(ctx context.Context, id string) error {
+		ids, err := c.manager.IDs(id)
+		if err == nil {
+			d.Adopt(ctx, ids...)
+		}
+		return err
+	}, nil
+}
