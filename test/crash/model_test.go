@@ -18,9 +18,11 @@ import (
 
 // TestRandomOperationsAgainstAModel lets a random sequence of operations, with
 // crashes, lost replies, restarts and collector rounds, agree with a plain
-// model in memory. QUARRY_SEED repeats a sequence.
+// model in memory. A third of the worlds have layers: there volumes are in use on a
+// node, which may be rebooted, and merges go on beside the operations. QUARRY_SEED repeats
+// a sequence, but for what those merges do when.
 func TestRandomOperationsAgainstAModel(t *testing.T) {
-	count, seed := 500, uint64(time.Now().UnixNano())
+	count, seed := 750, uint64(time.Now().UnixNano())
 	if long() {
 		count = 10_000
 	}
@@ -31,27 +33,34 @@ func TestRandomOperationsAgainstAModel(t *testing.T) {
 		}
 		seed = n
 	}
-	st := storages(t)
+	st := append(storages(t), layered(t))
 	const perWorld = 250
-	var steps atomic.Int64
+	var steps, stagings, merges atomic.Int64
 	t.Run("worlds", func(t *testing.T) {
 		for i := 0; i*perWorld < count; i++ {
-			layout := image.LayoutImage
-			if i%4 == 3 {
+			layout, kind := image.LayoutImage, st[i%len(st)]
+			if i%4 == 3 && !kind.layers {
 				layout = image.LayoutDirectory
 			}
 			t.Run(strconv.Itoa(i), func(t *testing.T) {
 				t.Parallel()
-				m := newModel(t, st[i%len(st)], layout, seed, uint64(i))
+				m := newModel(t, kind, layout, seed, uint64(i))
 				for range perWorld {
 					m.step()
 					steps.Add(1)
 				}
 				m.end()
+				stagings.Add(m.stagings)
+				if m.kernel != nil {
+					merges.Add(int64(len(m.kernel.merges)))
+				}
 			})
 		}
 	})
-	t.Logf("%d operations, QUARRY_SEED=%d", steps.Load(), seed)
+	t.Logf("%d operations, %d stagings, %d merges of layers, QUARRY_SEED=%d", steps.Load(), stagings.Load(), merges.Load(), seed)
+	if stagings.Load() == 0 || merges.Load() == 0 {
+		t.Error("layers were not tried at all")
+	}
 }
 
 // modelImage is what the model knows of an acknowledged image.
@@ -72,12 +81,18 @@ type model struct {
 	groups  map[image.Handle][]image.Handle
 	unsure  map[string][]uint64   // names asked for without an answer, and their possible contents
 	perhaps map[image.Handle]bool // deletions without an answer
-	log     []string
+	staged  map[image.Handle]bool // in use on n1; only where there are layers
+	// stagings that succeeded.
+	stagings int64
+	log      []string
 }
 
 func newModel(t *testing.T, st storage, layout image.Layout, seed, number uint64) *model {
 	m := &model{world: newWorld(t, st, layout), rnd: rand.New(rand.NewPCG(seed, number)), images: map[image.Handle]*modelImage{},
-		groups: map[image.Handle][]image.Handle{}, unsure: map[string][]uint64{}, perhaps: map[image.Handle]bool{}}
+		groups: map[image.Handle][]image.Handle{}, unsure: map[string][]uint64{}, perhaps: map[image.Handle]bool{}, staged: map[image.Handle]bool{}}
+	if m.kernel != nil {
+		m.kernel.steps = 2
+	}
 	m.story = fmt.Sprintf("QUARRY_SEED=%d, world %d (%s, %s)", seed, number, st.name, layout)
 	return m
 }
@@ -140,14 +155,30 @@ func (m *model) step() {
 	}
 	m.control.arm(none, 0)
 	if (hit != "" && (mishap == crashBefore || mishap == crashAfter)) || m.rnd.IntN(25) == 0 {
-		m.note("restart")
-		m.restart()
+		m.again()
 	}
-	m.compare()
+	if m.kernel == nil || m.rnd.IntN(2) == 0 {
+		m.waitForMerges() // what is listed must not change while it is read
+		m.compare()
+	}
+}
+
+// again restarts the process, and with layers perhaps the node.
+func (m *model) again() {
+	m.reboots = m.kernel != nil && m.rnd.IntN(3) == 0
+	m.note("restart (the node, too: %t)", m.reboots)
+	m.restart()
+	if m.reboots {
+		clear(m.staged)
+	}
 }
 
 func (m *model) operate() {
 	small := len(m.images) < 14
+	if m.kernel != nil && m.rnd.IntN(3) == 0 {
+		m.work()
+		return
+	}
 	switch n := m.rnd.IntN(100); {
 	case n < 12 && small:
 		m.createFrom(nil)
@@ -174,11 +205,8 @@ func (m *model) operate() {
 			m.may("modify", m.Modify(m.ctx, v.img.Handle, image.Tuning{ChainLimit: limit}, nil))
 		}
 	case n < 70:
-		if v := m.pick(volumes); v != nil {
-			m.seeds++
-			v.seed = m.seeds
-			m.note("write %d into %s", v.seed, v.img.Handle)
-			m.write(v.img, v.seed)
+		if v := m.pick(m.writable); v != nil {
+			m.rewrite(v)
 		}
 	case n < 92:
 		m.remove()
@@ -189,10 +217,46 @@ func (m *model) operate() {
 	}
 }
 
-// may fails for an error that no mishap explains.
+// work lets a workload on the first node begin, write, or end.
+func (m *model) work() {
+	v := m.pick(volumes)
+	if v == nil {
+		return
+	}
+	switch sure, attached := v.nodes["n1"]; {
+	case m.staged[v.img.Handle] && m.rnd.IntN(4) == 0:
+		m.unuse(v)
+	case m.staged[v.img.Handle]:
+		m.rewrite(v)
+	case sure:
+		m.use(v)
+	case !attached && len(v.nodes) == 0:
+		m.attach(v, "n1")
+	}
+}
+
+func (m *model) rewrite(v *modelImage) {
+	m.seeds++
+	v.seed = m.seeds
+	m.note("write %d into %s", v.seed, v.img.Handle)
+	if !m.staged[v.img.Handle] {
+		m.waitForMerges() // nobody writes to what is not in use, and who uses it stops them
+	}
+	m.write(v.img, v.seed)
+}
+
+// writable says whether a workload can write to an image.
+func (m *model) writable(mi *modelImage) bool {
+	return mi.img.Mutable && (m.kernel == nil || m.staged[mi.img.Handle] || len(mi.nodes) == 0)
+}
+
+// may fails for an error that no mishap explains. A merge may be in the way for a moment.
 func (m *model) may(what string, err error) bool {
 	m.t.Helper()
 	m.note("  %s: %v", what, err)
+	if m.kernel != nil && errors.Is(err, fault.Pending) {
+		return false
+	}
 	if err != nil && m.control.hit() == "" {
 		m.failf("%s: %v", what, err)
 	}
@@ -287,7 +351,7 @@ func (m *model) takeGroup() {
 	for try := 0; err != nil && m.control.hit() != "" && !final(err) && try < 5; try++ {
 		m.note("  group: %v", err)
 		m.control.arm(none, 0)
-		m.restart() // ask again until it is known
+		m.again() // ask again until it is known
 		g, err = m.CreateGroup(m.ctx, request)
 	}
 	if !m.may("group", err) {
@@ -326,6 +390,9 @@ func (m *model) expand(v *modelImage) {
 func (m *model) attachment(v *modelImage) {
 	node := []string{"n1", "n2"}[m.rnd.IntN(2)]
 	if m.rnd.IntN(2) == 0 {
+		if m.staged[v.img.Handle] && node == "n1" {
+			m.unuse(v)
+		}
 		m.note("detach %s from %s", v.img.Handle, node)
 		if m.may("detach", m.Detach(m.ctx, v.img.Handle, node)) {
 			delete(v.nodes, node)
@@ -334,6 +401,10 @@ func (m *model) attachment(v *modelImage) {
 		}
 		return
 	}
+	m.attach(v, node)
+}
+
+func (m *model) attach(v *modelImage, node string) {
 	m.note("attach %s to %s", v.img.Handle, node)
 	_, err := m.Attach(m.ctx, v.img.Handle, node, m.access()[0], false)
 	for other := range v.nodes {
@@ -346,6 +417,36 @@ func (m *model) attachment(v *modelImage) {
 		v.nodes[node] = true
 	case !final(err):
 		v.nodes[node] = false
+	}
+}
+
+// use stages a volume on the first node, where it is attached.
+func (m *model) use(v *modelImage) {
+	h := v.img.Handle
+	m.note("stage %s", h)
+	a, err := m.Attach(m.ctx, h, "n1", m.access()[0], false)
+	if !m.may("attach again", err) {
+		return
+	}
+	st, err := m.Stage(m.ctx, h, "n1", a.Generation)
+	if m.may("stage", err) {
+		m.kernel.stage(st, "n1")
+		m.staged[h] = true
+		m.stagings++
+		if st.Told != 0 {
+			m.may("built", m.Built(m.ctx, h, "n1", st.Told))
+		}
+	}
+}
+
+// unuse takes it down there. What the node says of that may be lost.
+func (m *model) unuse(v *modelImage) {
+	h := v.img.Handle
+	m.note("unstage %s", h)
+	m.kernel.unstage(h)
+	delete(m.staged, h)
+	if o, err := m.Outline(m.ctx, h, "n1"); m.may("outline", err) {
+		m.may("unstaged", m.Unstaged(m.ctx, h, "n1", o.Told))
 	}
 }
 
@@ -414,7 +515,7 @@ func (m *model) compare() {
 			}
 			names[k] = true
 		}
-		if img.State != image.Optimized {
+		if img.State != image.Optimized && (m.kernel == nil || img.State != image.Degraded) {
 			m.failf("%s is %s: %s", img.Handle, img.State, img.Reason)
 		}
 		mi := m.images[img.Handle]
@@ -476,6 +577,7 @@ func (m *model) adopt(img image.Image) {
 // end deletes everything: nothing may be left.
 func (m *model) end() {
 	m.t.Helper()
+	m.waitForMerges()
 	m.restart()
 	m.compare()
 	m.empty(slices.Collect(maps.Keys(m.groups))...)
