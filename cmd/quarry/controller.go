@@ -156,7 +156,7 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 		return err
 	}
 	c.hub = agent.NewHub(agent.HubConfig{Release: version, Admit: admit.Admit, Joined: c.joined})
-	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe})
+	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService})
 	c.metrics.watchDomains(c.manager)
 	c.opening = &openers{manager: c.manager, open: c.open}
 	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits,

@@ -192,18 +192,8 @@ func (m *Manager) Detach(ctx context.Context, h Handle, node string) error {
 
 func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 	d := img.d
-	agent, err := m.cfg.Agents.Agent(node)
-	if err != nil {
-		return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
-	}
-	for _, h := range d.handles(img) {
-		staged, err := agent.Staged(ctx, h)
-		if err != nil {
-			return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged: %w", node, err)
-		}
-		if staged {
-			return fault.New(fault.Unavailable, "it is still staged on node %s", node)
-		}
+	if err := m.confirmUnstaged(ctx, img, node); err != nil {
+		return err
 	}
 	if err := d.endAttachment(ctx, img, node); err != nil {
 		return err
@@ -230,6 +220,40 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 		img.broken, img.badTag, img.badAttachments = nil, false, nil
 	}
 	return nil
+}
+
+// confirmUnstaged asks a node whether it has taken an image down.
+func (m *Manager) confirmUnstaged(ctx context.Context, img *image, node string) error {
+	agent, err := m.cfg.Agents.Agent(node)
+	for _, h := range img.d.handles(img) {
+		staged := false
+		if err == nil {
+			staged, err = agent.Staged(ctx, h)
+		}
+		if staged {
+			return fault.New(fault.Unavailable, "it is still staged on node %s", node)
+		}
+	}
+	if err == nil || m.gone(ctx, node) {
+		return nil
+	}
+	return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged, and may still write to it: %w; bring the node back, or take it out of service if it is off for good", node, err)
+}
+
+// gone says whether a node that cannot be reached is known to be off.
+func (m *Manager) gone(ctx context.Context, node string) bool {
+	if m.cfg.OutOfService == nil {
+		return false
+	}
+	off, err := m.cfg.OutOfService(ctx, node)
+	if err != nil {
+		klog.FromContext(ctx).Error(err, "Whether a node is out of service is not known", "node", node)
+		return false
+	}
+	if off {
+		klog.FromContext(ctx).Info("A node is out of service: what it had in use is taken from it without its word", "node", node)
+	}
+	return off
 }
 
 // endAttachment seals that an image is not attached to a node any more. A

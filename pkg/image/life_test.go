@@ -1,9 +1,11 @@
 package image_test
 
 import (
+	"context"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -250,4 +252,35 @@ func TestAnEndedAttachmentIsForgottenInThreeLooks(t *testing.T) {
 			t.Errorf("%v is left, want the last of %v", left, all)
 		}
 	}
+}
+
+// TestANodeThatIsAwayKeepsItsVolumesUnlessItIsOutOfService: it may write, until somebody
+// promises that it is off.
+func TestANodeThatIsAwayKeepsItsVolumesUnlessItIsOutOfService(t *testing.T) {
+	r := newRig(t, "a")
+	off, asked := "", error(nil)
+	r.outOfService = func(_ context.Context, node string) (bool, error) { return node == off, asked }
+	r.start()
+	v := r.volume("v", "a", 32*mib)
+	_, err := r.Attach(r.ctx, v.Handle, "n1", mount, false)
+	r.must(err)
+	r.agents.state[v.Handle.String()] = image.IsFrozen // it is in use there
+
+	off = "n1"
+	r.is(r.Detach(r.ctx, v.Handle, "n1"), fault.Unavailable) // whatever is promised: the node itself says that it is in use
+	off = ""
+	r.agents.away = "n1"
+	err = r.Detach(r.ctx, v.Handle, "n1")
+	r.is(err, fault.Unavailable)
+	if !strings.Contains(err.Error(), "out of service") {
+		t.Errorf("what to do? %v", err)
+	}
+	_, err = r.Attach(r.ctx, v.Handle, "n2", mount, false)
+	r.is(err, fault.InUse)
+	off, asked = "n1", fault.New(fault.Unavailable, "nobody knows")
+	r.is(r.Detach(r.ctx, v.Handle, "n1"), fault.Unavailable)
+	asked = nil
+	r.must(r.Detach(r.ctx, v.Handle, "n1"))
+	_, err = r.Attach(r.ctx, v.Handle, "n2", mount, false)
+	r.must(err)
 }

@@ -35,6 +35,10 @@ type Config struct {
 	// Observe is told of every operation that ended; may be nil. path is
 	// "native" or "default".
 	Observe func(op, domain, path string, took time.Duration, err error)
+	// OutOfService says whether somebody has promised that a node, which cannot be
+	// reached, is off and will write nothing any more: its attachments may end without
+	// its word. nil: nobody ever does.
+	OutOfService func(ctx context.Context, node string) (bool, error)
 	// Now is the clock; nil: the real one.
 	Now func() time.Time
 	// LookEvery is the pause between two looks at a running merge; 0: 50 ms at

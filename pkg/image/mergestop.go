@@ -78,6 +78,9 @@ func (m *Manager) stopMerge(ctx context.Context, img *image) error {
 
 func (m *Manager) stopMergeOn(ctx context.Context, img *image, node string) error {
 	a, err := m.cfg.Agents.Agent(node)
+	if err != nil && m.gone(ctx, node) {
+		return nil
+	}
 	if err != nil {
 		return fault.New(fault.Unavailable, "a merge of image %s may be running on node %s, which cannot be asked to stop it: %w", img.id, node, err)
 	}
@@ -89,7 +92,7 @@ func (m *Manager) stopMergeOn(ctx context.Context, img *image, node string) erro
 	if err != nil {
 		return err
 	}
-	if err := agent.StopMerge(ctx, st); err != nil {
+	if err := agent.StopMerge(ctx, st); err != nil && !m.gone(ctx, node) {
 		return fault.New(fault.Unavailable, "node %s has not stopped merging image %s: %w", node, img.id, err)
 	}
 	return nil

@@ -45,12 +45,18 @@ type agents struct {
 	frozen int
 	// freezes counts them all.
 	freezes int
-	broken  bool // thaw reports a freeze that did not hold
+	broken  bool   // thaw reports a freeze that did not hold
+	away    string // a node whose agent cannot be reached
 }
 
 func (a *agents) Agent(node string) (image.Agent, error) {
 	if node != "n1" && node != "n2" {
 		return nil, fault.New(fault.NotFound, "there is no node %s", node)
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if node == a.away {
+		return nil, fault.New(fault.Unavailable, "node %s does not answer", node)
 	}
 	return a, nil
 }
@@ -98,6 +104,8 @@ type rig struct {
 	config func(*image.DomainConfig)
 	// mapAgents, if not nil, is asked in place of agents.
 	mapAgents image.Agents
+	// outOfService is image.Config's.
+	outOfService func(ctx context.Context, node string) (bool, error)
 	*image.Manager
 }
 
@@ -119,7 +127,7 @@ func (r *rig) start() *rig {
 		asked = r.mapAgents
 	}
 	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: asked}
-	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Worker: worker, Now: r.clock.Now, CollectEvery: -1})
+	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Worker: worker, Now: r.clock.Now, CollectEvery: -1, OutOfService: r.outOfService})
 	worker.Engines = r.Engine
 	for name, path := range r.dirs {
 		e, err := dir.Open(r.ctx, map[string]string{"path": path}, host.Exec{})

@@ -315,6 +315,24 @@ func TestALeaseTakenInTheLastMomentIsGivenBack(t *testing.T) {
 	}
 }
 
+func TestALeaseThatAnotherTookInTheLastMomentIsNotGivenBack(t *testing.T) {
+	api := fake.NewClientset()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	other := "other"
+	api.PrependReactor("create", "leases", func(k8stesting.Action) (bool, runtime.Object, error) {
+		cancel()
+		theirs := &coordinationv1.Lease{ObjectMeta: metav1.ObjectMeta{Namespace: "quarry", Name: "csi-quarry-dev"}, Spec: coordinationv1.LeaseSpec{HolderIdentity: &other}}
+		return true, nil, errors.Join(apierrors.NewAlreadyExists(leases, theirs.Name), api.Tracker().Add(theirs))
+	})
+	if err := kube.Lead(ctx, kube.New(api), steady("late"), func(context.Context) error { return errors.New("has led") }); err != nil {
+		t.Fatal(err)
+	}
+	if h := holder(t, api); h != other {
+		t.Fatalf("%q holds the Lease", h)
+	}
+}
+
 func TestGivingBackIsTriedAgainAfterAConflict(t *testing.T) {
 	api := fake.NewClientset()
 	var conflicts atomic.Int32

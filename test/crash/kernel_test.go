@@ -33,12 +33,12 @@ type kernel struct {
 	nodes     map[image.Handle]string          // and where
 	held      map[string][]image.Staging       // switches half-way, by what Hold returned
 	holds     int
-	merging   map[string]bool         // slab: its layer is being merged
-	merged    map[string]bool         // slab: its device shows the parent's
-	private   map[string]image.Handle // devices for copies, by path
-	steps     int                     // exceptions that one look at a merge finds merged; 0: all
-	merges    []int                   // of how many slabs the chain of each merge was
-	looks     int                     // at merges
+	merging   map[string]bool            // slab: its layer is being merged
+	merged    map[string]bool            // slab: its device shows the parent's
+	private   map[string][]image.SlabRef // devices for copies, by path
+	steps     int                        // exceptions that one look at a merge finds merged; 0: all
+	merges    []int                      // of how many slabs the chain of each merge was
+	looks     int                        // at merges
 	complaint error
 	epochs    map[string]int64 // domain: the highest that the agent has heard of
 }
@@ -54,7 +54,7 @@ func (k *kernel) admit(st image.Staging) error {
 
 func newKernel(t testing.TB, dirs map[string]string) *kernel {
 	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, nodes: map[image.Handle]string{}, held: map[string][]image.Staging{}, merging: map[string]bool{},
-		merged: map[string]bool{}, private: map[string]image.Handle{}, epochs: map[string]int64{}}
+		merged: map[string]bool{}, private: map[string][]image.SlabRef{}, epochs: map[string]int64{}}
 }
 
 // reboot forgets everything that is not on disk.
@@ -486,8 +486,10 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 			return image.Merging{}, k.broken("merge %s into %s, which %s reads", child.ID, parent.ID, h)
 		}
 	}
-	if len(k.private) > 0 {
-		return image.Merging{}, k.broken("merge %s while a copy runs", child.ID)
+	for _, chain := range k.private {
+		if slices.ContainsFunc(chain, func(s image.SlabRef) bool { return s.ID == child.ID || s.ID == parent.ID }) {
+			return image.Merging{}, k.broken("merge %s into %s while a copy of %v runs", child.ID, parent.ID, chain)
+		}
 	}
 	slabs, err := k.open(st.Domain, st.Slabs)
 	if err != nil {
@@ -551,7 +553,7 @@ func (a chainAgent) AttachImage(_ context.Context, st image.Staging) (path strin
 			return err
 		}
 		path = f.Name()
-		a.k.private[path] = st.Handle
+		a.k.private[path] = st.Slabs
 		_, err = f.Write(b)
 		return errors.Join(err, f.Close())
 	})
