@@ -35,7 +35,7 @@ func steady(identity string) kube.LeaseConfig {
 // fragile is one that is lost soon when it is not renewed.
 func fragile(identity string) kube.LeaseConfig {
 	c := steady(identity)
-	c.LeaseDuration, c.RenewDeadline = time.Second, 300*time.Millisecond
+	c.LeaseDuration, c.RenewDeadline = 3*time.Second, 2*time.Second // a busy machine must not lose it by itself
 	return c
 }
 
@@ -189,14 +189,16 @@ func TestALeadThatEndsByItselfGivesTheLeaseBack(t *testing.T) {
 }
 
 func TestALeaseThatCannotBeRenewedIsLost(t *testing.T) {
+	t.Parallel()
 	api := fake.NewClientset()
 	var down atomic.Bool
-	var written atomic.Int32
-	onUpdate(api, func(*coordinationv1.Lease) error {
+	onUpdate(api, func(l *coordinationv1.Lease) error {
+		if *l.Spec.HolderIdentity == "" {
+			t.Error("the lost Lease is given back")
+		}
 		if down.Load() {
 			return apierrors.NewServiceUnavailable("restarting")
 		}
-		written.Add(1)
 		return nil
 	})
 	c := run(t, api, fragile("only"))
@@ -206,21 +208,18 @@ func TestALeaseThatCannotBeRenewedIsLost(t *testing.T) {
 	if len(c.ended) > 0 {
 		t.Fatal("Lead has not waited for lead")
 	}
-	down.Store(false) // what is reachable again is not given back by itself
-	before := written.Load()
+	down.Store(false)
 	c.finish <- errors.New("half done")
 	err := within(t, "its end", c.ended)
 	expect(t, err, fault.Unavailable, "lease quarry/csi-quarry-dev is lost", "this process ends", "half done")
 	if fault.KindOf(err) != fault.Unavailable {
 		t.Fatal(fault.KindOf(err))
 	}
-	if n := written.Load(); n != before {
-		t.Fatalf("the lost Lease was written %d times", n-before)
-	}
 }
 
 // A request that never returns keeps the elector from seeing that its time is over.
 func TestALeaseIsLostEvenIfTheAPIHangs(t *testing.T) {
+	t.Parallel()
 	api := fake.NewClientset()
 	hang, hangs := make(chan struct{}), make(chan struct{})
 	var leads atomic.Bool
@@ -246,6 +245,7 @@ func TestALeaseIsLostEvenIfTheAPIHangs(t *testing.T) {
 }
 
 func TestALeaseThatAnotherTookIsLostAndStaysTheirs(t *testing.T) {
+	t.Parallel()
 	api := fake.NewClientset()
 	var taken atomic.Bool
 	onUpdate(api, func(*coordinationv1.Lease) error {

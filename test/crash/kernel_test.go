@@ -33,12 +33,12 @@ type kernel struct {
 	nodes     map[image.Handle]string          // and where
 	held      map[string][]image.Staging       // switches half-way, by what Hold returned
 	holds     int
-	merging   map[string]bool            // slab: its layer is being merged
-	merged    map[string]bool            // slab: its device shows the parent's
-	private   map[string][]image.SlabRef // devices for copies, by path
-	steps     int                        // exceptions that one look at a merge finds merged; 0: all
-	merges    []int                      // of how many slabs the chain of each merge was
-	looks     int                        // at merges
+	merging   map[string]bool          // "domain/slab": its layer is being merged
+	merged    map[string]bool          // "domain/slab": its device shows the parent's
+	private   map[string]image.Staging // devices for copies, by path
+	steps     int                      // exceptions that one look at a merge finds merged; 0: all
+	merges    []int                    // of how many slabs the chain of each merge was
+	looks     int                      // at merges
 	complaint error
 	epochs    map[string]int64 // domain: the highest that the agent has heard of
 }
@@ -54,7 +54,7 @@ func (k *kernel) admit(st image.Staging) error {
 
 func newKernel(t testing.TB, dirs map[string]string) *kernel {
 	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, nodes: map[image.Handle]string{}, held: map[string][]image.Staging{}, merging: map[string]bool{},
-		merged: map[string]bool{}, private: map[string][]image.SlabRef{}, epochs: map[string]int64{}}
+		merged: map[string]bool{}, private: map[string]image.Staging{}, epochs: map[string]int64{}}
 }
 
 // reboot forgets everything that is not on disk.
@@ -90,8 +90,8 @@ func (k *kernel) dropPrivate() {
 }
 
 func (k *kernel) live(slab string) bool {
-	for _, chain := range k.tops {
-		if slices.ContainsFunc(chain, func(s image.SlabRef) bool { return s.ID == slab }) {
+	for h, chain := range k.tops {
+		if slices.ContainsFunc(chain, func(s image.SlabRef) bool { return h.Domain+"/"+s.ID == slab }) {
 			return true
 		}
 	}
@@ -112,9 +112,9 @@ func (k *kernel) unstage(h image.Handle) {
 	chain := k.tops[h]
 	delete(k.tops, h)
 	for _, s := range chain {
-		if !k.live(s.ID) {
-			delete(k.merging, s.ID)
-			delete(k.merged, s.ID)
+		if slab := h.Domain + "/" + s.ID; !k.live(slab) {
+			delete(k.merging, slab)
+			delete(k.merged, slab)
 		}
 	}
 }
@@ -141,7 +141,7 @@ type openSlab struct {
 
 func (k *kernel) open(domain string, chain []image.SlabRef) (out []*openSlab, err error) {
 	for _, s := range chain {
-		if k.merged[s.ID] {
+		if k.merged[domain+"/"+s.ID] {
 			continue // its device shows the next one
 		}
 		f, err := os.OpenFile(filepath.Join(k.dirs[domain], "slabs", s.ID), os.O_RDWR, 0)
@@ -449,7 +449,7 @@ func (k *kernel) change(images []image.Staging, node string) error {
 		}
 		for _, s := range top {
 			if !slices.Contains(st.Slabs, s) {
-				delete(k.merging, s.ID)
+				delete(k.merging, st.Domain+"/"+s.ID)
 			}
 		}
 		k.tops[st.Handle] = slices.Clone(st.Slabs)
@@ -472,7 +472,8 @@ func (a chainAgent) Merge(_ context.Context, st image.Staging) (m image.Merging,
 func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 	child, parent := st.Slabs[0], st.Slabs[1]
 	k.looks++
-	if k.merged[child.ID] {
+	slab := st.Domain + "/" + child.ID
+	if k.merged[slab] {
 		return image.Merging{Done: true}, nil
 	}
 	if parent.Size < child.Size {
@@ -482,13 +483,13 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 		has := func(id string) bool {
 			return slices.ContainsFunc(chain, func(s image.SlabRef) bool { return s.ID == id })
 		}
-		if has(parent.ID) && !has(child.ID) {
+		if h.Domain == st.Domain && has(parent.ID) && !has(child.ID) {
 			return image.Merging{}, k.broken("merge %s into %s, which %s reads", child.ID, parent.ID, h)
 		}
 	}
-	for _, chain := range k.private {
-		if slices.ContainsFunc(chain, func(s image.SlabRef) bool { return s.ID == child.ID || s.ID == parent.ID }) {
-			return image.Merging{}, k.broken("merge %s into %s while a copy of %v runs", child.ID, parent.ID, chain)
+	for _, read := range k.private {
+		if read.Domain == st.Domain && slices.ContainsFunc(read.Slabs, func(s image.SlabRef) bool { return s.ID == child.ID || s.ID == parent.ID }) {
+			return image.Merging{}, k.broken("merge %s into %s while a copy of %v runs", child.ID, parent.ID, read.Slabs)
 		}
 	}
 	slabs, err := k.open(st.Domain, st.Slabs)
@@ -496,8 +497,8 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 		return image.Merging{}, err
 	}
 	defer closeAll(slabs)
-	if !k.merging[child.ID] {
-		k.merging[child.ID] = true
+	if !k.merging[slab] {
+		k.merging[slab] = true
 		k.merges = append(k.merges, len(st.Slabs))
 	}
 	from, below := slabs[0], slabs[1:]
@@ -525,9 +526,9 @@ func (k *kernel) merge(st image.Staging) (image.Merging, error) {
 	if from.next > 0 {
 		return image.Merging{Left: from.next * kernelChunk}, nil
 	}
-	delete(k.merging, child.ID)
-	if k.live(child.ID) {
-		k.merged[child.ID] = true
+	delete(k.merging, slab)
+	if k.live(slab) {
+		k.merged[slab] = true
 	}
 	return image.Merging{Done: true}, nil
 }
@@ -537,7 +538,7 @@ func (a chainAgent) StopMerge(_ context.Context, st image.Staging) error {
 		if err := a.k.admit(st); err != nil {
 			return err
 		}
-		delete(a.k.merging, st.Slabs[0].ID)
+		delete(a.k.merging, st.Domain+"/"+st.Slabs[0].ID)
 		return nil
 	})
 }
@@ -553,7 +554,7 @@ func (a chainAgent) AttachImage(_ context.Context, st image.Staging) (path strin
 			return err
 		}
 		path = f.Name()
-		a.k.private[path] = st.Slabs
+		a.k.private[path] = st
 		_, err = f.Write(b)
 		return errors.Join(err, f.Close())
 	})
