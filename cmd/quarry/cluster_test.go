@@ -179,7 +179,7 @@ func (c *cluster) controller(name string) *running {
 	return begin(c.t, "Serving CSI", "controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name+".sock"), "--admin-endpoint", c.path(name+"-admin.sock"),
 		"--agents-endpoint", "127.0.0.1:"+c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
 		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name,
-		"--leader-election-lease-duration", "3s", "--leader-election-renew-deadline", "2s", "--leader-election-retry-period", "200ms")
+		"--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms") // a busy machine must not lose it
 }
 
 // agent starts one, with a token of its node.
