@@ -355,8 +355,8 @@ func TestADomainOfEachNode(t *testing.T) {
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
 	request := &csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"domain": "local"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
 	_, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
-	if err == nil {
-		t.Fatal("a volume was made without any node")
+	if status.Code(err) != codes.Unavailable {
+		t.Fatalf("a volume is asked for before any node has come: %v", err)
 	}
 	agent := c.agent("n1")
 	var v *csi.Volume
@@ -395,4 +395,31 @@ func TestAForgedAgentGetsInNowhere(t *testing.T) {
 		r.stop(t)
 	}
 	controller.stop(t)
+}
+
+// TestTheDefaultsOfAControllerWork: what nobody gives must fit together.
+func TestTheDefaultsOfAControllerWork(t *testing.T) {
+	cmd := controllerCommand()
+	if err := cmd.ParseFlags([]string{"--tls-cert-file", "c", "--tls-private-key-file", "k", "--namespace", "quarry"}); err != nil {
+		t.Fatal(err)
+	}
+	o := &controllerOptions{}
+	for _, f := range []string{"leader-election-lease-duration", "leader-election-renew-deadline", "leader-election-retry-period"} {
+		d, err := cmd.Flags().GetDuration(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch f {
+		case "leader-election-lease-duration":
+			o.lease.LeaseDuration = d
+		case "leader-election-renew-deadline":
+			o.lease.RenewDeadline = d
+		default:
+			o.lease.RetryPeriod = d
+		}
+	}
+	o.lease.Namespace, o.lease.Name, o.lease.Identity = "quarry", "quarry-controller", "c1"
+	if err := o.lease.Check(); err != nil {
+		t.Error(err)
+	}
 }

@@ -76,7 +76,7 @@ with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
 	f.StringVar(&o.lease.Name, "leader-election-lease", "quarry-controller", "name of the Lease")
 	f.DurationVar(&o.lease.LeaseDuration, "leader-election-lease-duration", 15*time.Second, "how long others wait for a leader that does not renew its Lease")
 	f.DurationVar(&o.lease.RenewDeadline, "leader-election-renew-deadline", 10*time.Second, "how long a leader tries to renew before it gives up and ends")
-	f.DurationVar(&o.lease.RetryPeriod, "leader-election-retry-period", 5*time.Second, "pause between two attempts")
+	f.DurationVar(&o.lease.RetryPeriod, "leader-election-retry-period", 2*time.Second, "pause between two attempts")
 	return cmd
 }
 
@@ -110,7 +110,7 @@ func (o *controllerOptions) check() (err error) {
 		}
 	}
 	o.lease.Namespace, o.lease.Identity = o.namespace, o.identity
-	return nil
+	return o.lease.Check()
 }
 
 // controller runs until ctx ends, or until it has led and does not any more.
@@ -238,7 +238,9 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	for _, e := range c.entries {
 		if e.Scope == domain.ScopeShared {
 			c.opening.one(leads, e, "", c.told(""), nil)
+			continue
 		}
+		c.manager.Unopened(e.Config(""), fault.New(fault.Unavailable, "no node that has it has an agent that is connected yet"))
 	}
 	c.mu.Unlock()
 	var group errgroup.Group
@@ -254,6 +256,8 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	<-leads.Done()
 	if process.Err() != nil {
 		<-served
+	} else {
+		stop() // another one leads, or soon will: agents are its own now, and what runs here ends without them
 	}
 	c.stand("this controller leads no longer: ask the one that does")
 	c.ready.Store(false)
@@ -302,7 +306,6 @@ func (c *leader) joined(node string) {
 			}
 		}
 	}
-	c.opening.running.Go(func() { c.hub.Prepare(ctx, node) })
 }
 
 // open opens a domain on nodes.

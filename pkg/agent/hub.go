@@ -14,8 +14,6 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/agent/agentpb"
-	"github.com/quarry-csi/quarry/pkg/engine"
-	"github.com/quarry-csi/quarry/pkg/engine/remote"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 	"github.com/quarry-csi/quarry/pkg/node"
@@ -36,7 +34,12 @@ type HubConfig struct {
 type Hub struct {
 	cfg HubConfig
 
+	ctx    context.Context // of what is done on nodes beside calls
+	cancel context.CancelFunc
+	beside sync.WaitGroup
+
 	mu      sync.Mutex
+	closed  bool
 	peers   map[string]*peer    // by node; they stay when a node has left
 	domains map[string]*opening // by name of entry and node: see OpenDomain
 }
@@ -53,11 +56,15 @@ type peer struct {
 	mu      sync.Mutex
 	session *yamux.Session // nil: it has left
 	engines []string
+	// preparing: somebody prepares the node, and does it again for those who wait.
+	preparing bool
+	waiting   []chan struct{}
 }
 
 // NewHub makes a Hub.
 func NewHub(cfg HubConfig) *Hub {
-	return &Hub{cfg: cfg, peers: map[string]*peer{}, domains: map[string]*opening{}}
+	ctx, cancel := context.WithCancel(context.Background())
+	return &Hub{cfg: cfg, ctx: ctx, cancel: cancel, peers: map[string]*peer{}, domains: map[string]*opening{}}
 }
 
 // Serve takes connections until ctx ends, then closes all. manager answers what agents
@@ -159,6 +166,10 @@ func (h *Hub) join(hello *agentpb.Hello, s *yamux.Session) (*peer, error) {
 		_ = old.Close()
 	}
 	p.conn.ResetConnectBackoff()
+	for _, o := range h.openings() {
+		o.reconnect(p.node)
+	}
+	h.Prepare(p.node)
 	if h.cfg.Joined != nil {
 		h.cfg.Joined(p.node)
 	}
@@ -240,6 +251,11 @@ func (h *Hub) Nodes() []string {
 // Close ends the clients. Serve has ended.
 func (h *Hub) Close() error {
 	h.mu.Lock()
+	h.closed = true
+	h.mu.Unlock()
+	h.cancel()
+	h.beside.Wait()
+	h.mu.Lock()
 	defer h.mu.Unlock()
 	var errs []error
 	for _, p := range h.peers {
@@ -276,40 +292,3 @@ func (u *upstream) Outline(ctx context.Context, r *agentpb.OutlineRequest) (*age
 func (u *upstream) Unstaged(ctx context.Context, r *agentpb.UnstagedRequest) (*agentpb.UnstagedResponse, error) {
 	return &agentpb.UnstagedResponse{}, u.manager.Unstaged(ctx, fromHandle(r.GetHandle()), u.node, r.GetTold())
 }
-
-// opening is a domain whose engine runs on nodes.
-type opening struct {
-	name   string // of the entry: what the agent knows it by
-	engine string
-	params map[string]string
-	secret map[string]string
-	node   string // "": all nodes
-
-	mu    sync.Mutex
-	ids   []string
-	opens map[string]*remote.Engine // by node
-}
-
-// reaches says whether a domain can be reached from a node.
-func (o *opening) reaches(node string) bool { return o.node == "" || o.node == node }
-
-// at is the engine on one node, opened there if it was not yet. It stays for as long
-// as the Hub does: remote.Engine finds the agent's next connection.
-func (o *opening) at(ctx context.Context, p *peer) (*remote.Engine, error) {
-	o.mu.Lock()
-	defer o.mu.Unlock()
-	if e := o.opens[p.node]; e != nil {
-		return e, nil
-	}
-	e, err := remote.Open(ctx, remote.Config{
-		Dial:   func(context.Context) (net.Conn, error) { return p.dial(enginePrefix + o.engine) },
-		Client: o.name, Params: o.params, Secrets: o.secret,
-	})
-	if err != nil {
-		return nil, err
-	}
-	o.opens[p.node] = e
-	return e, nil
-}
-
-var _ engine.Engine = (*Domain)(nil)

@@ -297,16 +297,18 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	if err := img.usable(); err != nil {
 		return Staging{}, err
 	}
+	// A node that has no right to the volume stops nobody's merges.
+	if d.attachedAs(img, node, generation) == nil {
+		return Staging{}, notAttached(h, node, generation)
+	}
 	if err := m.stopMergesBelow(ctx, img, node, true); err != nil {
 		return Staging{}, err
 	}
-	d.mu.Lock()
-	a := img.attached[node]
-	rec, slab := img.rec, img.slab
-	d.mu.Unlock()
-	if a == nil || a.Generation != generation {
-		return Staging{}, fault.New(fault.InUse, "volume %s is not attached to node %s with generation %d any more: attach it again", h, node, generation)
+	a := d.attachedAs(img, node, generation)
+	if a == nil {
+		return Staging{}, notAttached(h, node, generation)
 	}
+	rec, slab := img.snapshot()
 	if a.Block && !a.ReadOnly && !rec.Used && rec.Crypt == 0 {
 		// A raw block volume holds its user's bytes from now on: it must never
 		// be taken for one that may be formatted. An encrypted one gets its header
@@ -327,6 +329,20 @@ func (m *Manager) Stage(ctx context.Context, h Handle, node string, generation i
 	st.Told = a.told
 	a.Staged, a.building = true, true
 	return st, nil
+}
+
+// attachedAs is an image's attachment to a node, if it is of that generation.
+func (d *domain) attachedAs(img *image, node string, generation int64) *attachment {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if a := img.attached[node]; a != nil && a.Generation == generation {
+		return a
+	}
+	return nil
+}
+
+func notAttached(h Handle, node string, generation int64) error {
+	return fault.New(fault.InUse, "volume %s is not attached to node %s with generation %d any more: attach it again", h, node, generation)
 }
 
 // Built tells that a node has built what Stage told it as told, or has given up.
@@ -379,6 +395,8 @@ func (m *Manager) Formatted(ctx context.Context, h Handle, node, filesystem stri
 		return fault.New(fault.InUse, "volume %s is not attached to node %s any more", h, node)
 	case rec.Used && rec.FS == filesystem:
 		return nil
+	case a.ReadOnly:
+		return fault.New(fault.Permission, "volume %s is attached to node %s read-only: nothing can have been written there", h, node)
 	case rec.Used:
 		return fault.New(fault.Conflict, "volume %s is recorded to carry %q, not %q", h, rec.FS, filesystem)
 	}

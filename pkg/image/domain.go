@@ -152,10 +152,16 @@ func (d *domain) current(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	own := false
 	for _, t := range tags {
-		if e, ok := parseEpochTag(t.Name); ok && e > d.epoch {
+		e, ok := parseEpochTag(t.Name)
+		own = own || ok && e == d.epoch
+		if ok && e > d.epoch {
 			return d.fence(fault.New(fault.Unavailable, "another Quarry has opened domain %s (epoch %d, this one has %d): the outcome is unknown, ask that one", d.id, e, d.epoch))
 		}
+	}
+	if !own { // an empty directory where a mount is missing, say
+		return fault.New(fault.Unavailable, "domain %s does not show that this process has opened it (tag of epoch %d): its storage was emptied, or another one is in its place: bring the right one back", d.id, d.epoch)
 	}
 	return nil
 }

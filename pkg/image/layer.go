@@ -140,6 +140,8 @@ func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
 		agents[n] = agent
 	}
 	if len(agents) > 1 {
+		m.holding.Lock() // two groups on the same nodes would wait for each other, each holding one
+		defer m.holding.Unlock()
 		return holdAll(ctx, agents, byNode)
 	}
 	for n, agent := range agents {

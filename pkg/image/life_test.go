@@ -284,3 +284,35 @@ func TestANodeThatIsAwayKeepsItsVolumesUnlessItIsOutOfService(t *testing.T) {
 	_, err = r.Attach(r.ctx, v.Handle, "n2", mount, false)
 	r.must(err)
 }
+
+// TestAStorageInPlaceOfAnotherIsNotWrittenFor: what stands where the domain was does not
+// show that this manager opened it.
+func TestAStorageInPlaceOfAnotherIsNotWrittenFor(t *testing.T) {
+	r := newRig(t, "a").start()
+	v := r.volume("v", "a", 32*mib)
+	tags := filepath.Join(r.dirs["a"], "tags", "e")
+	r.must(os.Rename(tags, tags+".away"))
+	r.must(os.Mkdir(tags, 0o755))
+	_, err := r.CreateSnapshot(r.ctx, image.SnapshotRequest{Name: "s", Source: v.Handle})
+	r.is(err, fault.Unavailable)
+	if !strings.Contains(err.Error(), "another one is in its place") {
+		t.Errorf("what is wrong? %v", err)
+	}
+}
+
+// TestANodeWithoutAnAttachmentChangesNothing: it can neither stage nor say that it formatted.
+func TestANodeWithoutAnAttachmentChangesNothing(t *testing.T) {
+	r := newRig(t, "a").start()
+	v := r.volume("v", "a", 32*mib)
+	a, err := r.Attach(r.ctx, v.Handle, "n1", mount, true)
+	r.must(err)
+	_, err = r.Stage(r.ctx, v.Handle, "n2", a.Generation)
+	r.is(err, fault.InUse)
+	r.is(r.Formatted(r.ctx, v.Handle, "n2", "ext4"), fault.InUse)
+	r.is(r.Formatted(r.ctx, v.Handle, "n1", "ext4"), fault.Permission) // read-only
+	now, err := r.Get(r.ctx, v.Handle)
+	r.must(err)
+	if !now.Fresh {
+		t.Error("it counts as formatted")
+	}
+}

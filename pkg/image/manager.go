@@ -126,6 +126,8 @@ type Manager struct {
 	// tellings numbers the chains that nodes are told, differently in each process.
 	tellings atomic.Int64
 
+	holding sync.Mutex // while several nodes hold a switch
+
 	mu       sync.Mutex
 	domains  map[string]*domain // by ID and by alias
 	unopened map[entry]unopened
@@ -185,6 +187,7 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 		m.domains[k] = d
 	}
 	delete(m.unopened, cfg.entry())
+	delete(m.unopened, entry{name: cfg.Name}) // it was not known which nodes have one
 	klog.FromContext(ctx).Info("Domain opened", "domain", d.id, "engine", cfg.Engine, "location", desc.Location,
 		"epoch", d.epoch, "images", len(d.images), "capabilities", d.caps.List())
 	if m.cfg.CollectEvery > 0 {

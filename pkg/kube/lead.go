@@ -32,8 +32,8 @@ type LeaseConfig struct {
 	Leader func(identity string)
 }
 
-// check refuses what the API server, the elector or common sense would.
-func (c *LeaseConfig) check() error {
+// Check refuses what the API server, the elector or common sense would: fault.Invalid.
+func (c *LeaseConfig) Check() error {
 	if err := filled("Namespace", c.Namespace, "Name", c.Name, "Identity", c.Identity); err != nil {
 		return err
 	}
@@ -62,7 +62,7 @@ func (c *LeaseConfig) check() error {
 // fault.Unavailable: the process must end, for nothing that it knows is
 // certain any more. fault.Invalid: a field of cfg is wrong.
 func Lead(ctx context.Context, client *Client, cfg LeaseConfig, lead func(ctx context.Context) error) error {
-	if err := cfg.check(); err != nil {
+	if err := cfg.Check(); err != nil {
 		return err
 	}
 	log := klog.FromContext(ctx).WithValues("lease", klog.KRef(cfg.Namespace, cfg.Name), "identity", cfg.Identity)

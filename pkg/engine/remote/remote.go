@@ -163,10 +163,20 @@ func (e *Engine) domain(ctx context.Context) (string, error) {
 		e.mu.Unlock()
 		close(mine)
 		if err != nil {
-			return "", err
+			// Not the kind that Open has: a caller would take it for the call's own, and
+			// believe that an earlier attempt, whose reply was lost, had done nothing.
+			return "", fault.New(fault.Unavailable, "the domain cannot be opened again: %w", err)
 		}
 	}
 }
+
+// Reconnect lets the next call try the connection at once, since the other side is known
+// to be there again.
+func (e *Engine) Reconnect() { e.conn.ResetConnectBackoff() }
+
+// Leave ends the connection and leaves the domain open on the other side, for the next
+// one who opens it as the same client.
+func (e *Engine) Leave() error { return e.conn.Close() }
 
 // again opens the domain until a connection has lasted from before to after it.
 func (e *Engine) again(ctx context.Context) (*enginepb.OpenResponse, error) {
