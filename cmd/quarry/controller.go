@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"net"
 	"os"
 	"runtime"
@@ -31,15 +30,12 @@ import (
 
 // controllerOptions of quarry controller, as said and as checked.
 type controllerOptions struct {
-	endpoint, adminEndpoint, metricsEndpoint string
-	agentsEndpoint, certFile, keyFile        string
-	domains, driverName, installation        string
-	kubeconfig, namespace, serviceAccount    string
-	identity                                 string
-	lease                                    kube.LeaseConfig
-
-	csi, admin admin.Endpoint
-	metrics    string
+	sockets
+	agentsEndpoint, certFile, keyFile     string
+	domains, driverName, installation     string
+	kubeconfig, namespace, serviceAccount string
+	identity                              string
+	lease                                 kube.LeaseConfig
 }
 
 func controllerCommand() *cobra.Command {
@@ -81,19 +77,8 @@ with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
 }
 
 func (o *controllerOptions) check() (err error) {
-	if o.csi, err = admin.ParseEndpoint(o.endpoint); err != nil {
-		return fmt.Errorf("--endpoint: %w", err)
-	}
-	if o.adminEndpoint != "" {
-		if o.admin, err = admin.ParseEndpoint(o.adminEndpoint); err != nil {
-			return fmt.Errorf("--admin-endpoint: %w", err)
-		}
-		if o.admin == o.csi {
-			return fault.New(fault.Invalid, "--endpoint and --admin-endpoint are both %s: they must differ", o.csi)
-		}
-	}
-	if o.metrics, err = loopbackByDefault(o.metricsEndpoint); err != nil {
-		return fmt.Errorf("--metrics-endpoint: %w", err)
+	if err := o.sockets.check(); err != nil {
+		return err
 	}
 	if _, _, err := net.SplitHostPort(o.agentsEndpoint); err != nil {
 		return fault.New(fault.Invalid, "--agents-endpoint %q: must be ADDRESS:PORT or :PORT", o.agentsEndpoint)
@@ -124,14 +109,11 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := o.csi.Unused(); err != nil {
+	metricsSocket, err := o.listen()
+	if err != nil {
 		return err
 	}
-	var metricsSocket net.Listener
-	if o.metrics != "" {
-		if metricsSocket, err = net.Listen("tcp", o.metrics); err != nil {
-			return fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
-		}
+	if metricsSocket != nil {
 		defer metricsSocket.Close()
 	}
 	client, err := kube.Connect(o.kubeconfig)

@@ -28,13 +28,10 @@ import (
 
 // nodeOptions of quarry node, as said and as checked.
 type nodeOptions struct {
-	endpoint, metricsEndpoint        string
+	sockets
 	nodeID, driverName, kubeletDir   string
 	controller, caFile, tokenFile    string
 	registrationDir, kubeletEndpoint string
-
-	csi     admin.Endpoint
-	metrics string
 }
 
 func nodeCommand() *cobra.Command {
@@ -69,18 +66,10 @@ that are propagated. When it ends, what is mounted stays in use.`,
 }
 
 func (o *nodeOptions) check() (err error) {
-	if o.csi, err = admin.ParseEndpoint(o.endpoint); err != nil {
-		return fmt.Errorf("--endpoint: %w", err)
+	if err := o.sockets.check(); err != nil {
+		return err
 	}
-	if o.metrics, err = loopbackByDefault(o.metricsEndpoint); err != nil {
-		return fmt.Errorf("--metrics-endpoint: %w", err)
-	}
-	if o.nodeID == "" {
-		if o.nodeID, err = os.Hostname(); err != nil {
-			return fault.New(fault.Invalid, "--node-id is not given and the host's name is not known: %w", err)
-		}
-	}
-	if err := checkNodeID(o.nodeID); err != nil {
+	if o.nodeID, err = checkNodeID(o.nodeID); err != nil {
 		return err
 	}
 	if !filepath.IsAbs(o.kubeletDir) {
@@ -98,15 +87,11 @@ func (o *nodeOptions) check() (err error) {
 
 // runNode runs until ctx ends.
 func runNode(ctx context.Context, o *nodeOptions) error {
-	if err := o.csi.Unused(); err != nil {
+	metricsSocket, err := o.listen()
+	if err != nil {
 		return err
 	}
-	var metricsSocket net.Listener
-	var err error
-	if o.metrics != "" {
-		if metricsSocket, err = net.Listen("tcp", o.metrics); err != nil {
-			return fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
-		}
+	if metricsSocket != nil {
 		defer metricsSocket.Close()
 	}
 	tracer, flush, err := tracing(ctx, o.nodeID)

@@ -19,14 +19,50 @@ import (
 
 const machineID = "/etc/machine-id"
 
-// options of quarry standalone, as said and as checked.
-type options struct {
+// sockets of a process, as said and as checked.
+type sockets struct {
 	endpoint, adminEndpoint, metricsEndpoint string
-	nodeID, domains, installation            string
-	kubeletDir, driverName                   string
 
 	csi, admin admin.Endpoint
 	metrics    string // host:port, or empty
+}
+
+func (s *sockets) check() (err error) {
+	if s.csi, err = admin.ParseEndpoint(s.endpoint); err != nil {
+		return fmt.Errorf("--endpoint: %w", err)
+	}
+	if s.adminEndpoint != "" {
+		if s.admin, err = admin.ParseEndpoint(s.adminEndpoint); err != nil {
+			return fmt.Errorf("--admin-endpoint: %w", err)
+		}
+		if s.admin == s.csi {
+			return fault.New(fault.Invalid, "--endpoint and --admin-endpoint are both %s: they must differ", s.csi)
+		}
+	}
+	if s.metrics, err = loopbackByDefault(s.metricsEndpoint); err != nil {
+		return fmt.Errorf("--metrics-endpoint: %w", err)
+	}
+	return nil
+}
+
+// listen makes the socket of metrics, nil if there is to be none, and sees to it that
+// that of CSI can be made.
+func (s *sockets) listen() (net.Listener, error) {
+	if err := s.csi.Unused(); err != nil || s.metrics == "" {
+		return nil, err
+	}
+	l, err := net.Listen("tcp", s.metrics)
+	if err != nil {
+		return nil, fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
+	}
+	return l, nil
+}
+
+// options of quarry standalone, as said and as checked.
+type options struct {
+	sockets
+	nodeID, domains, installation string
+	kubeletDir, driverName        string
 }
 
 func standaloneCommand() *cobra.Command {
@@ -65,26 +101,10 @@ Name it yourself when a domain is to follow the data to another machine.`,
 
 // check fills in what was not said and refuses what cannot work.
 func (o *options) check(machineID string) (err error) {
-	if o.csi, err = admin.ParseEndpoint(o.endpoint); err != nil {
-		return fmt.Errorf("--endpoint: %w", err)
+	if err := o.sockets.check(); err != nil {
+		return err
 	}
-	if o.adminEndpoint != "" {
-		if o.admin, err = admin.ParseEndpoint(o.adminEndpoint); err != nil {
-			return fmt.Errorf("--admin-endpoint: %w", err)
-		}
-		if o.admin == o.csi {
-			return fault.New(fault.Invalid, "--endpoint and --admin-endpoint are both %s: they must differ", o.csi)
-		}
-	}
-	if o.metrics, err = loopbackByDefault(o.metricsEndpoint); err != nil {
-		return fmt.Errorf("--metrics-endpoint: %w", err)
-	}
-	if o.nodeID == "" {
-		if o.nodeID, err = os.Hostname(); err != nil {
-			return fault.New(fault.Invalid, "--node-id is not given and the host's name is not known: %w", err)
-		}
-	}
-	if err := checkNodeID(o.nodeID); err != nil {
+	if o.nodeID, err = checkNodeID(o.nodeID); err != nil {
 		return err
 	}
 	if o.kubeletDir != "" && !filepath.IsAbs(o.kubeletDir) {
@@ -100,12 +120,18 @@ func (o *options) check(machineID string) (err error) {
 	return nil
 }
 
-// checkNodeID: the node's name becomes part of a tag's name.
-func checkNodeID(name string) error {
-	if err := engine.CheckName("node", name); err != nil || len(name) > 63 {
-		return fault.New(fault.Invalid, "--node-id %q is not allowed: 1 to 63 characters of [a-z0-9._-], beginning with a letter or digit", name)
+// checkNodeID gives the node's name, "" being that of the host. It becomes part of a
+// tag's name.
+func checkNodeID(name string) (_ string, err error) {
+	if name == "" {
+		if name, err = os.Hostname(); err != nil {
+			return "", fault.New(fault.Invalid, "--node-id is not given and the host's name is not known: %w", err)
+		}
 	}
-	return nil
+	if err := engine.CheckName("node", name); err != nil || len(name) > 63 {
+		return "", fault.New(fault.Invalid, "--node-id %q is not allowed: 1 to 63 characters of [a-z0-9._-], beginning with a letter or digit", name)
+	}
+	return name, nil
 }
 
 // machineInstallation makes an identity of machine-id(5), which asks not to be

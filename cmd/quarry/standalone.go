@@ -15,7 +15,6 @@ import (
 	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/csi"
 	"github.com/quarry-csi/quarry/pkg/domain"
-	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
 	"github.com/quarry-csi/quarry/pkg/mover"
@@ -35,21 +34,19 @@ func standalone(ctx context.Context, o *options) (err error) {
 	}
 	// Sockets come before domains: a second process that was started by mistake
 	// must fail on them before it takes the domains away from the first.
-	var adminSocket, metricsSocket net.Listener
-	if err := o.csi.Unused(); err != nil {
+	var adminSocket net.Listener
+	metricsSocket, err := o.listen()
+	if err != nil {
 		return err
+	}
+	if metricsSocket != nil {
+		defer metricsSocket.Close()
 	}
 	if o.adminEndpoint != "" {
 		if adminSocket, err = o.admin.Listen(); err != nil {
 			return err
 		}
 		defer adminSocket.Close()
-	}
-	if o.metrics != "" {
-		if metricsSocket, err = net.Listen("tcp", o.metrics); err != nil {
-			return fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
-		}
-		defer metricsSocket.Close()
 	}
 
 	tracer, flush, err := tracing(ctx, o.nodeID)
