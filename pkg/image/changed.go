@@ -5,6 +5,8 @@ import (
 	"errors"
 	"slices"
 
+	"k8s.io/klog/v2"
+
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
@@ -62,11 +64,11 @@ func (m *Manager) Allocated(ctx context.Context, h Handle, from int64, emit func
 // base, as Allocated does. base must be an earlier state of target: a snapshot
 // of the same volume, or of one that it was cloned from, made before.
 //
-// Where base lies below target in a chain of layers the list is what was written
-// between the two, in whole chunks (32 KiB up to 512 GiB): it may hold what was
-// written with what was there before, and what lies beside a smaller write. Where
-// a storage tells natively, its blocks count. Else both are compared, to 4 KiB.
-// The list never holds less than what changed.
+// Where a storage tells natively, its blocks count. Else it is exact to 4 KiB: where base
+// lies below target in a chain of layers, only the chunks are compared that were written
+// between the two (32 KiB each up to 512 GiB), and listed whole where no node can read
+// them now; else both are compared, where they have anything. The list never holds
+// less than what changed.
 //
 // fault.Invalid: base is no earlier state of target. Otherwise as Allocated.
 func (m *Manager) Changed(ctx context.Context, base, target Handle, from int64, emit func([]engine.Extent) error) error {
@@ -93,7 +95,7 @@ func (m *Manager) Changed(ctx context.Context, base, target Handle, from int64, 
 // changes chooses the way, best first:
 //
 //  1. the storage tells what differs between the two slabs;
-//  2. base lies below target in one chain: what the layers between them hold;
+//  2. base lies below target in one chain: what the layers between them hold, compared;
 //  3. both are read and compared, where at least one has anything.
 //
 // The caller counts as a reader of both.
@@ -124,7 +126,7 @@ func (m *Manager) changes(ctx context.Context, op *operation, base, target *imag
 		if err != nil {
 			return err
 		}
-		return send(list, from, size, emit)
+		return m.narrow(ctx, op, base, target, clip(list, from, size), emit)
 	}
 	op.took(how{reason: "comparison"})
 	a, err := m.allocation(ctx, base)
@@ -136,6 +138,24 @@ func (m *Manager) changes(ctx context.Context, op *operation, base, target *imag
 		return err
 	}
 	return m.compare(ctx, op, base, target, clip(union(a, b), from, size), emit)
+}
+
+// narrow lists what differs in these parts, which are whole chunks of layers. Where no
+// node can read the chain now, all of them count.
+func (m *Manager) narrow(ctx context.Context, op *operation, base, target *image, list []engine.Extent, emit func([]engine.Extent) error) error {
+	if len(list) == 0 {
+		return nil
+	}
+	told := false
+	err := m.compare(ctx, op, base, target, list, func(part []engine.Extent) error {
+		told = true
+		return emit(part)
+	})
+	if k := fault.KindOf(err); err == nil || told || k != fault.Unavailable && k != fault.Unsupported {
+		return err
+	}
+	klog.FromContext(ctx).Info("Changed blocks are listed in whole chunks: no node can compare the snapshots now", "base", base.id, "target", target.id, "err", err)
+	return emit(list)
 }
 
 // compare reads both images and compares them in these ranges.
