@@ -137,5 +137,6 @@ func (d *Domain) Close() error {
 		errs = append(errs, e.Leave())
 	}
 	clear(d.o.opens)
+	d.o.closed = true
 	return errors.Join(errs...)
 }

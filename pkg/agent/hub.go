@@ -25,8 +25,8 @@ type HubConfig struct {
 	// Admit says whether a token proves that its bearer is the agent of a node: nil,
 	// or fault.Permission with the reason.
 	Admit func(ctx context.Context, token, node string) error
-	// Joined and Left are told of nodes; may be nil. They must not wait for the Hub.
-	Joined, Left func(node string)
+	// Joined is told of a node; may be nil. It must not wait for the Hub.
+	Joined func(node string)
 }
 
 // Hub is the controller's side: it takes the agents' connections, finds a node's agent
@@ -48,17 +48,16 @@ var _ image.Agents = (*Hub)(nil)
 
 // peer is an agent, connected or not.
 type peer struct {
-	hub  *Hub
 	node string
 	conn *grpc.ClientConn
 	rpc  agentpb.AgentClient
 
 	mu      sync.Mutex
 	session *yamux.Session // nil: it has left
-	engines []string
 	// preparing: somebody prepares the node, and does it again for those who wait.
 	preparing bool
 	waiting   []chan struct{}
+	wake      chan struct{} // ends the pause before the next round
 }
 
 // NewHub makes a Hub.
@@ -126,7 +125,7 @@ func (h *Hub) serve(ctx context.Context, conn net.Conn, manager node.Manager) er
 	g := newServer()
 	agentpb.RegisterControllerServer(g, &upstream{manager: manager, node: p.node})
 	err = serveStreams(s, map[string]*grpc.Server{controllerService: g})
-	h.leave(p, s)
+	p.leave(s)
 	return err
 }
 
@@ -160,7 +159,7 @@ func (h *Hub) join(hello *agentpb.Hello, s *yamux.Session) (*peer, error) {
 	}
 	p.mu.Lock()
 	old := p.session
-	p.session, p.engines = s, hello.GetEngines()
+	p.session = s
 	p.mu.Unlock()
 	if old != nil {
 		_ = old.Close()
@@ -176,15 +175,11 @@ func (h *Hub) join(hello *agentpb.Hello, s *yamux.Session) (*peer, error) {
 	return p, nil
 }
 
-func (h *Hub) leave(p *peer, s *yamux.Session) {
+func (p *peer) leave(s *yamux.Session) {
 	p.mu.Lock()
-	mine := p.session == s
-	if mine {
+	defer p.mu.Unlock()
+	if p.session == s {
 		p.session = nil
-	}
-	p.mu.Unlock()
-	if mine && h.cfg.Left != nil {
-		h.cfg.Left(p.node)
 	}
 }
 
@@ -195,7 +190,7 @@ func (h *Hub) peer(name string) (*peer, error) {
 	if p := h.peers[name]; p != nil {
 		return p, nil
 	}
-	p := &peer{hub: h, node: name}
+	p := &peer{node: name, wake: make(chan struct{}, 1)}
 	conn, err := newClient(func(context.Context) (net.Conn, error) { return p.dial(agentService) })
 	if err != nil {
 		return nil, err

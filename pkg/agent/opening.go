@@ -39,6 +39,7 @@ type opening struct {
 	busy   map[string]chan struct{}  // nodes on which it is being opened; closed afterwards
 	opened bool                      // somewhere, once
 	last   string                    // the node that was used last
+	closed bool
 }
 
 // reaches says whether a domain can be reached from a node.
@@ -79,6 +80,9 @@ func (o *opening) at(ctx context.Context, p *peer) (*remote.Engine, error) {
 	close(mine)
 	if err != nil {
 		return nil, err
+	}
+	if o.closed {
+		return nil, errors.Join(fault.New(fault.Unavailable, "domain %s was closed", o.name), e.Leave())
 	}
 	o.opens[p.node] = e
 	return e, nil
@@ -146,6 +150,10 @@ func (h *Hub) Prepare(node string) (done <-chan struct{}) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.waiting = append(p.waiting, mine)
+	select {
+	case p.wake <- struct{}{}:
+	default: // somebody has said so already
+	}
 	if !p.preparing {
 		p.preparing = true
 		h.beside.Go(func() { h.prepareAlways(p) })
@@ -178,6 +186,7 @@ func (h *Hub) prepareAlways(p *peer) {
 		}
 		select {
 		case <-time.After(pause):
+		case <-p.wake:
 		case <-h.ctx.Done():
 		}
 		pause = min(2*pause, prepareLast)

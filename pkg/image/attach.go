@@ -225,16 +225,19 @@ func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 // confirmUnstaged asks a node whether it has taken an image down.
 func (m *Manager) confirmUnstaged(ctx context.Context, img *image, node string) error {
 	agent, err := m.cfg.Agents.Agent(node)
+	if err != nil && m.gone(ctx, node) {
+		return nil
+	}
 	for _, h := range img.d.handles(img) {
 		staged := false
-		if err == nil {
+		if err == nil { // one that answers is not off, whatever it answers
 			staged, err = agent.Staged(ctx, h)
 		}
 		if staged {
 			return fault.New(fault.Unavailable, "it is still staged on node %s", node)
 		}
 	}
-	if err == nil || m.gone(ctx, node) {
+	if err == nil {
 		return nil
 	}
 	return fault.New(fault.Unavailable, "node %s cannot confirm that the image is unstaged, and may still write to it: %w; bring the node back, or take it out of service if it is off for good", node, err)

@@ -92,7 +92,7 @@ func (m *Manager) stopMergeOn(ctx context.Context, img *image, node string) erro
 	if err != nil {
 		return err
 	}
-	if err := agent.StopMerge(ctx, st); err != nil && !m.gone(ctx, node) {
+	if err := agent.StopMerge(ctx, st); err != nil {
 		return fault.New(fault.Unavailable, "node %s has not stopped merging image %s: %w", node, img.id, err)
 	}
 	return nil
