@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"runtime"
@@ -95,7 +96,10 @@ func (o *controllerOptions) check() (err error) {
 		}
 	}
 	o.lease.Namespace, o.lease.Identity = o.namespace, o.identity
-	return o.lease.Check()
+	if err := o.lease.Check(); err != nil {
+		return fmt.Errorf("--leader-election flags: %w", err)
+	}
+	return nil
 }
 
 // controller runs until ctx ends, or until it has led and does not any more.
