@@ -20,7 +20,7 @@ IMAGE is a handle, the unique beginning of one (with or without its domain), or
 the name that CSI gave it, which in Kubernetes is that of the PersistentVolume.`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			chain, err := ask(c, func(q *admin.Client) (admin.Chain, error) { return q.Chain(cmd.Context(), args[0]) })
+			chain, err := ask(cmd.Context(), c, func(q *admin.Client) (admin.Chain, error) { return q.Chain(cmd.Context(), args[0]) })
 			if err != nil {
 				return err
 			}

@@ -32,7 +32,7 @@ itself may be there); 2, something is to be mended or only a person can help, or
 a domain could not be checked; 1, the check itself failed.`,
 		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			checked, err := ask(c, func(q *admin.Client) (admin.Checked, error) { return q.Check(cmd.Context(), first(args)) })
+			checked, err := ask(cmd.Context(), c, func(q *admin.Client) (admin.Checked, error) { return q.Check(cmd.Context(), first(args)) })
 			if err != nil {
 				return err
 			}
@@ -110,7 +110,7 @@ Exit status: 0, done (or shown); 2, something was not done; 1, nothing could be.
 				}
 			}
 			req.Domain = first(args)
-			result, err := ask(c, func(q *admin.Client) (admin.FixResult, error) { return q.Fix(cmd.Context(), req) })
+			result, err := ask(cmd.Context(), c, func(q *admin.Client) (admin.FixResult, error) { return q.Fix(cmd.Context(), req) })
 			if err != nil {
 				return err
 			}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/kube/reach"
 )
 
 // version is set by the linker.
@@ -24,7 +25,8 @@ var version = "dev"
 
 const (
 	endpointVariable = "QUARRY_ADMIN_ENDPOINT"
-	defaultEndpoint  = "unix:///run/quarry/admin.sock"
+	defaultSocket    = "/run/quarry/admin.sock"
+	defaultEndpoint  = "unix://" + defaultSocket
 )
 
 // The exit codes.
@@ -68,6 +70,7 @@ type cli struct {
 	now      func() time.Time
 	endpoint string
 	output   string
+	cluster  reach.Flags
 }
 
 func newRoot(c *cli) *cobra.Command {
@@ -76,10 +79,16 @@ func newRoot(c *cli) *cobra.Command {
 		Short: "Look into Quarry and mend it",
 		Long: `Look into Quarry and mend it.
 
-Quarry answers on its admin socket, which only its owner (root) may use. Where
-that is, is said by --admin-endpoint, else by ` + endpointVariable + `, else it is
-` + defaultEndpoint + `. Run this on the machine, or in the pod, where
-"quarry standalone" runs: finding Quarry's pods by itself comes in a later version.
+Which Quarry is asked, the first of these that is said or there:
+
+  --admin-endpoint, or ` + endpointVariable + `: that socket;
+  --kubeconfig, --context, --namespace or another of kubectl's flags: that cluster's;
+  ` + defaultEndpoint + `: that of "quarry standalone" on this machine;
+  KUBECONFIG, or kubectl's own file: that cluster's.
+
+In a cluster the controller that leads is found by its labels and its Lease, and is
+reached by a port-forward: with your own rights, which must allow to list its pods, to get
+its Lease, and to get and create pods/portforward in its namespace.
 
 Exit status: 0, done; 1, it could not be done; 2, it was done, and a person has to look.`,
 		Annotations:       map[string]string{cobra.CommandDisplayNameAnnotation: "kubectl quarry"},
@@ -90,11 +99,8 @@ Exit status: 0, done; 1, it could not be done; 2, it was done, and a person has 
 	}
 	root.SetOut(c.out)
 	root.SetErr(c.err)
-	endpoint := os.Getenv(endpointVariable)
-	if endpoint == "" {
-		endpoint = defaultEndpoint
-	}
-	root.PersistentFlags().StringVar(&c.endpoint, "admin-endpoint", endpoint, "where Quarry answers: unix:///path")
+	root.PersistentFlags().StringVar(&c.endpoint, "admin-endpoint", "", "where Quarry answers: unix:///path, or tcp://ADDRESS:PORT of a loopback address")
+	c.cluster.Bind(root.PersistentFlags())
 	root.PersistentFlags().StringVarP(&c.output, "output", "o", "table", "table, wide, json or yaml")
 	root.AddCommand(c.domainsCommand(), c.imagesCommand(), c.chainCommand(), c.operationsCommand(),
 		c.checkCommand(), c.fixCommand(), c.engineCommand(), c.versionCommand())
@@ -109,24 +115,50 @@ func (c *cli) check() error {
 	return fault.New(fault.Invalid, "--output %q is not allowed: table, wide, json or yaml", c.output)
 }
 
-func (c *cli) client() (*admin.Client, error) {
-	e, err := admin.ParseEndpoint(c.endpoint)
-	if err != nil {
-		return nil, fmt.Errorf("--admin-endpoint: %w", err)
+// place is a Quarry that can be asked.
+type place struct {
+	*admin.Client
+	hint  string // what to do when nobody is there
+	close func() error
+}
+
+// find decides which Quarry is asked, and finds it.
+func (c *cli) find(ctx context.Context) (place, error) {
+	endpoint := c.endpoint
+	switch {
+	case endpoint != "" && c.cluster.Given():
+		return place{}, fault.New(fault.Invalid, "--admin-endpoint and the flags that choose a cluster exclude each other")
+	case endpoint == "" && !c.cluster.Given():
+		endpoint = os.Getenv(endpointVariable)
+		if _, err := os.Lstat(defaultSocket); endpoint == "" && err == nil {
+			endpoint = defaultEndpoint
+		}
 	}
-	return admin.NewClient(e), nil
+	if endpoint == "" {
+		controller, err := reach.Find(ctx, &c.cluster)
+		if err != nil {
+			return place{}, err
+		}
+		return place{Client: admin.NewClientOver(controller.String(), controller.Dial), close: controller.Close}, nil
+	}
+	e, err := admin.ParseLoopback(endpoint)
+	if err != nil {
+		return place{}, fmt.Errorf("--admin-endpoint: %w", err)
+	}
+	hint := "run this as root where quarry runs, name its socket with --admin-endpoint or " + endpointVariable + ", or a cluster with --context"
+	return place{Client: admin.NewClient(e), hint: hint, close: func() error { return nil }}, nil
 }
 
 // ask calls Quarry and says what to do when nobody is there.
-func ask[T any](c *cli, call func(*admin.Client) (T, error)) (T, error) {
-	client, err := c.client()
+func ask[T any](ctx context.Context, c *cli, call func(*admin.Client) (T, error)) (out T, err error) {
+	at, err := c.find(ctx)
 	if err != nil {
-		var none T
-		return none, err
+		return out, err
 	}
-	out, err := call(client)
-	if errors.Is(err, fault.Unavailable) {
-		err = fmt.Errorf("%w: run this as root where quarry runs, or name its socket with --admin-endpoint or %s", err, endpointVariable)
+	defer at.close()
+	out, err = call(at.Client)
+	if errors.Is(err, fault.Unavailable) && at.hint != "" {
+		err = fmt.Errorf("%w: %s", err, at.hint)
 	}
 	return out, err
 }
@@ -139,7 +171,7 @@ func (c *cli) versionCommand() *cobra.Command {
 				Client admin.Version  `json:"client"`
 				Server *admin.Version `json:"server,omitempty"`
 			}{Client: admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH}}
-			server, err := ask(c, func(q *admin.Client) (admin.Version, error) { return q.Version(cmd.Context()) })
+			server, err := ask(cmd.Context(), c, func(q *admin.Client) (admin.Version, error) { return q.Version(cmd.Context()) })
 			if err == nil {
 				both.Server = &server
 			}

@@ -244,7 +244,7 @@ func TestNobodyThereSaysWhatToDo(t *testing.T) {
 	endpoint := "unix://" + filepath.Join(t.TempDir(), "none.sock")
 	_, _, err := do("domains", "--admin-endpoint", endpoint)
 	if err == nil || !strings.HasPrefix(err.Error(), "quarry does not answer on "+endpoint) ||
-		!strings.HasSuffix(err.Error(), ": run this as root where quarry runs, or name its socket with --admin-endpoint or QUARRY_ADMIN_ENDPOINT") {
+		!strings.HasSuffix(err.Error(), ": run this as root where quarry runs, name its socket with --admin-endpoint or QUARRY_ADMIN_ENDPOINT, or a cluster with --context") {
 		t.Errorf("%v", err)
 	}
 	t.Setenv(endpointVariable, endpoint)

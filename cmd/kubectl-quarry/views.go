@@ -22,7 +22,7 @@ func (c *cli) domainsCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "domains", Aliases: []string{"domain"}, Short: "List the domains and what they can do", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			domains, err := ask(c, func(q *admin.Client) ([]admin.Domain, error) { return q.Domains(cmd.Context()) })
+			domains, err := ask(cmd.Context(), c, func(q *admin.Client) ([]admin.Domain, error) { return q.Domains(cmd.Context()) })
 			if err != nil {
 				return err
 			}
@@ -93,7 +93,7 @@ func (c *cli) imagesCommand() *cobra.Command {
 			if kind != "" && kind != admin.KindVolume && kind != admin.KindSnapshot {
 				return fault.New(fault.Invalid, "--kind %q is not allowed: %s or %s", kind, admin.KindVolume, admin.KindSnapshot)
 			}
-			images, err := ask(c, func(q *admin.Client) ([]admin.Image, error) { return q.Images(cmd.Context()) })
+			images, err := ask(cmd.Context(), c, func(q *admin.Client) ([]admin.Image, error) { return q.Images(cmd.Context()) })
 			if err != nil {
 				return err
 			}
@@ -156,7 +156,7 @@ func (c *cli) operationsCommand() *cobra.Command {
 	return &cobra.Command{
 		Use: "operations", Aliases: []string{"operation", "ops"}, Short: "List the work under way and what is being retried", Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			ops, err := ask(c, func(q *admin.Client) ([]admin.Operation, error) { return q.Operations(cmd.Context()) })
+			ops, err := ask(cmd.Context(), c, func(q *admin.Client) ([]admin.Operation, error) { return q.Operations(cmd.Context()) })
 			if err != nil {
 				return err
 			}

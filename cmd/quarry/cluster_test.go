@@ -30,6 +30,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"k8s.io/client-go/kubernetes/scheme"
+
+	"github.com/quarry-csi/quarry/pkg/admin"
 )
 
 // api is as much of a Kubernetes API server as quarry asks: a namespace, nodes, token
@@ -174,12 +176,12 @@ func freePort(t *testing.T) string {
 func (c *cluster) controller(name string) *running {
 	c.t.Helper()
 	if c.ports["agents"] == "" {
-		c.ports["agents"] = freePort(c.t)
+		c.ports["agents"], c.ports["admin"] = freePort(c.t), freePort(c.t)
 	}
 	return begin(c.t, "Serving CSI", "controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name+".sock"), "--admin-endpoint", c.path(name+"-admin.sock"),
 		"--agents-endpoint", "127.0.0.1:"+c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
 		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name,
-		"--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms") // a busy machine must not lose it
+		"--admin-endpoint", "tcp://127.0.0.1:"+c.ports["admin"], "--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms") // a busy machine must not lose it
 }
 
 // agent starts one, with a token of its node.
@@ -222,6 +224,25 @@ func (c *cluster) ready(name string) bool {
 	r, err := csi.NewIdentityClient(c.at(name)).Probe(c.t.Context(), &csi.ProbeRequest{})
 	c.must(err)
 	return r.GetReady().GetValue()
+}
+
+// leads wants operators to be answered by a controller, at the loopback address and its socket.
+func (c *cluster) leads(name string) {
+	c.t.Helper()
+	for _, at := range []string{"tcp://127.0.0.1:" + c.ports["admin"], "unix://" + c.path(name+"-admin.sock")} {
+		e, err := admin.ParseLoopback(at)
+		c.must(err)
+		v, err := admin.NewClient(e).Version(c.t.Context())
+		if err != nil || v.Node != name {
+			c.t.Errorf("%s answers %+v, %v: want %s", at, v, err, name)
+		}
+	}
+	r, err := http.Get("http://127.0.0.1:" + c.ports["admin"] + "/v1/version") // as a web page would
+	c.must(err)
+	r.Body.Close()
+	if r.StatusCode != http.StatusForbidden {
+		c.t.Errorf("a web page gets %s", r.Status)
+	}
 }
 
 func (c *cluster) wait(what string, is func() bool) {
@@ -273,6 +294,7 @@ func TestControllersAndAgents(t *testing.T) {
 	if c.ready("c2") {
 		t.Fatal("two controllers lead")
 	}
+	c.leads("c1")
 	_, err := csi.NewControllerClient(c.at("c2")).ListVolumes(t.Context(), &csi.ListVolumesRequest{})
 	if status.Code(err) != codes.Unavailable {
 		t.Errorf("who does not lead lists volumes: %v", err)
@@ -315,6 +337,7 @@ func TestControllersAndAgents(t *testing.T) {
 	// The leader dies. The device stays in use, and the other controller goes on.
 	c.must(first.cmd.Process.Kill())
 	c.wait("c2 to lead", func() bool { return c.ready("c2") })
+	c.leads("c2")
 	holds(device)
 	c.unpublish("c2", "n1", v.GetVolumeId())
 	snapshot := again(t, csi.NewControllerClient(c.at("c2")).CreateSnapshot, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: v.GetVolumeId()}).GetSnapshot().GetSnapshotId()
@@ -395,6 +418,16 @@ func TestAForgedAgentGetsInNowhere(t *testing.T) {
 		r.stop(t)
 	}
 	controller.stop(t)
+}
+
+func TestAControllerServesOperatorsAtLoopbackAddressesOnly(t *testing.T) {
+	var stderr bytes.Buffer
+	cmd := program(t.Context(), "controller", "--admin-endpoint", "tcp://0.0.0.0:9811", "--tls-cert-file", "c", "--tls-private-key-file", "k", "--namespace", "quarry")
+	cmd.Stderr = &stderr
+	const want = "quarry: --admin-endpoint: endpoint \"tcp://0.0.0.0:9811\": 0.0.0.0 is not a loopback address: whoever reaches it may delete images, so only 127.0.0.0/8 and [::1] are allowed\n"
+	if err := cmd.Run(); err == nil || stderr.String() != want {
+		t.Errorf("%v, %s", err, stderr.String())
+	}
 }
 
 // TestTheDefaultsOfAControllerWork: what nobody gives must fit together.

@@ -58,7 +58,7 @@ with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.endpoint, "endpoint", "unix:///csi/csi.sock", "where to serve CSI to the sidecars: unix:///path")
-	f.StringVar(&o.adminEndpoint, "admin-endpoint", "unix:///run/quarry/admin.sock", "where to serve kubectl quarry while leading: unix:///path; empty: nowhere")
+	f.StringSliceVar(&o.adminEndpoints, "admin-endpoint", []string{"unix:///run/quarry/admin.sock"}, "where to serve kubectl quarry while leading: unix:///path, or tcp://ADDRESS:PORT of a loopback address, which a port-forward reaches; may be repeated; empty: nowhere")
 	f.StringVar(&o.metricsEndpoint, "metrics-endpoint", "", "where to serve /metrics, /healthz and /readyz: ADDRESS:PORT, or :PORT for 127.0.0.1; empty: nowhere")
 	f.StringVar(&o.agentsEndpoint, "agents-endpoint", ":9810", "where agents connect, while leading: ADDRESS:PORT")
 	f.StringVar(&o.certFile, "tls-cert-file", "", "certificate that agents see, PEM (required)")
@@ -78,7 +78,7 @@ with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
 }
 
 func (o *controllerOptions) check() (err error) {
-	if err := o.sockets.check(); err != nil {
+	if err := o.sockets.check(admin.ParseLoopback); err != nil {
 		return err
 	}
 	if _, _, err := net.SplitHostPort(o.agentsEndpoint); err != nil {
@@ -210,11 +210,9 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	if err != nil {
 		return fault.New(fault.Invalid, "--agents-endpoint: %w", err)
 	}
-	var adminSocket net.Listener
-	if c.options.adminEndpoint != "" {
-		if adminSocket, err = c.options.admin.Listen(); err != nil {
-			return errors.Join(err, l.Close())
-		}
+	operators, err := c.options.listenAdmin()
+	if err != nil {
+		return errors.Join(err, l.Close())
 	}
 	c.led = true
 	work, stop := context.WithCancel(context.WithoutCancel(leads))
@@ -231,11 +229,9 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	c.mu.Unlock()
 	var group errgroup.Group
 	group.Go(func() error { return c.hub.Serve(work, l, c.manager) })
-	if adminSocket != nil {
-		about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-			Node: c.options.identity, Installation: c.options.installation}
-		group.Go(func() error { return admin.Serve(leads, adminSocket, admin.Handler(c.manager, about), adminGrace) })
-	}
+	about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
+		Node: c.options.identity, Installation: c.options.installation}
+	group.Go(func() error { return operators.serve(leads, admin.Handler(c.manager, about)) })
 	c.standby.Store(nil)
 	c.ready.Store(true)
 	log.Info("This controller leads", "agents", l.Addr().String())

@@ -66,7 +66,7 @@ that are propagated. When it ends, what is mounted stays in use.`,
 }
 
 func (o *nodeOptions) check() (err error) {
-	if err := o.sockets.check(); err != nil {
+	if err := o.sockets.check(admin.ParseEndpoint); err != nil {
 		return err
 	}
 	if o.nodeID, err = checkNodeID(o.nodeID); err != nil {

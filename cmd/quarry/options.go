@@ -1,16 +1,20 @@
 package main
 
 import (
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/engine"
@@ -21,23 +25,28 @@ const machineID = "/etc/machine-id"
 
 // sockets of a process, as said and as checked.
 type sockets struct {
-	endpoint, adminEndpoint, metricsEndpoint string
+	endpoint, metricsEndpoint string
+	adminEndpoints            []string
 
-	csi, admin admin.Endpoint
-	metrics    string // host:port, or empty
+	csi     admin.Endpoint
+	admin   []admin.Endpoint
+	metrics string // host:port, or empty
 }
 
-func (s *sockets) check() (err error) {
+// check reads what was said, endpoints for operators by parse.
+func (s *sockets) check(parse func(string) (admin.Endpoint, error)) (err error) {
 	if s.csi, err = admin.ParseEndpoint(s.endpoint); err != nil {
 		return fmt.Errorf("--endpoint: %w", err)
 	}
-	if s.adminEndpoint != "" {
-		if s.admin, err = admin.ParseEndpoint(s.adminEndpoint); err != nil {
+	for _, said := range s.adminEndpoints {
+		e, err := parse(said)
+		if err != nil {
 			return fmt.Errorf("--admin-endpoint: %w", err)
 		}
-		if s.admin == s.csi {
+		if e == s.csi {
 			return fault.New(fault.Invalid, "--endpoint and --admin-endpoint are both %s: they must differ", s.csi)
 		}
+		s.admin = append(s.admin, e)
 	}
 	if s.metrics, err = loopbackByDefault(s.metricsEndpoint); err != nil {
 		return fmt.Errorf("--metrics-endpoint: %w", err)
@@ -56,6 +65,39 @@ func (s *sockets) listen() (net.Listener, error) {
 		return nil, fault.New(fault.Invalid, "--metrics-endpoint: %w", err)
 	}
 	return l, nil
+}
+
+// listenAdmin makes the sockets of operators.
+func (s *sockets) listenAdmin() (adminSockets, error) {
+	var all adminSockets
+	for _, e := range s.admin {
+		l, err := e.Listen()
+		if err != nil {
+			return nil, errors.Join(fmt.Errorf("--admin-endpoint: %w", err), all.close())
+		}
+		all = append(all, l)
+	}
+	return all, nil
+}
+
+// adminSockets are where operators ask.
+type adminSockets []net.Listener
+
+// serve answers on all of them until ctx ends.
+func (all adminSockets) serve(ctx context.Context, h http.Handler) error {
+	var group errgroup.Group
+	for _, l := range all {
+		group.Go(func() error { return admin.Serve(ctx, l, admin.Guard(l, h), adminGrace) })
+	}
+	return group.Wait()
+}
+
+func (all adminSockets) close() error {
+	var errs []error
+	for _, l := range all {
+		errs = append(errs, l.Close())
+	}
+	return errors.Join(errs...)
 }
 
 // options of quarry standalone, as said and as checked.
@@ -89,7 +131,7 @@ Name it yourself when a domain is to follow the data to another machine.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.endpoint, "endpoint", "unix:///run/quarry/csi.sock", "where to serve CSI: unix:///path")
-	f.StringVar(&o.adminEndpoint, "admin-endpoint", "unix:///run/quarry/admin.sock", "where to serve kubectl quarry: unix:///path; empty: nowhere")
+	f.StringSliceVar(&o.adminEndpoints, "admin-endpoint", []string{"unix:///run/quarry/admin.sock"}, "where to serve kubectl quarry: unix:///path; empty: nowhere")
 	f.StringVar(&o.metricsEndpoint, "metrics-endpoint", "", "where to serve /metrics, /healthz and /readyz: ADDRESS:PORT, or :PORT for 127.0.0.1; empty: nowhere")
 	f.StringVar(&o.nodeID, "node-id", "", "name of this node (default: the host's name)")
 	f.StringVar(&o.domains, "domains", "/etc/quarry/domains.yaml", "the domains file")
@@ -101,7 +143,7 @@ Name it yourself when a domain is to follow the data to another machine.`,
 
 // check fills in what was not said and refuses what cannot work.
 func (o *options) check(machineID string) (err error) {
-	if err := o.sockets.check(); err != nil {
+	if err := o.sockets.check(admin.ParseEndpoint); err != nil {
 		return err
 	}
 	if o.nodeID, err = checkNodeID(o.nodeID); err != nil {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"net"
 	"runtime"
 	"sync/atomic"
 	"time"
@@ -34,7 +33,6 @@ func standalone(ctx context.Context, o *options) (err error) {
 	}
 	// Sockets come before domains: a second process that was started by mistake
 	// must fail on them before it takes the domains away from the first.
-	var adminSocket net.Listener
 	metricsSocket, err := o.listen()
 	if err != nil {
 		return err
@@ -42,12 +40,11 @@ func standalone(ctx context.Context, o *options) (err error) {
 	if metricsSocket != nil {
 		defer metricsSocket.Close()
 	}
-	if o.adminEndpoint != "" {
-		if adminSocket, err = o.admin.Listen(); err != nil {
-			return err
-		}
-		defer adminSocket.Close()
+	operators, err := o.listenAdmin()
+	if err != nil {
+		return err
 	}
+	defer operators.close()
 
 	tracer, flush, err := tracing(ctx, o.nodeID)
 	if err != nil {
@@ -93,16 +90,14 @@ func standalone(ctx context.Context, o *options) (err error) {
 		return stopped(group.Wait())
 	}
 	group.Go(func() error { return service.Serve(ctx, o.csi.String()) })
-	if adminSocket != nil {
-		about := admin.Version{
-			Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-			Node: o.nodeID, Installation: o.installation,
-		}
-		group.Go(func() error { return admin.Serve(ctx, adminSocket, admin.Handler(manager, about), adminGrace) })
+	about := admin.Version{
+		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
+		Node: o.nodeID, Installation: o.installation,
 	}
+	group.Go(func() error { return operators.serve(ctx, admin.Handler(manager, about)) })
 	ready.Store(true)
 	klog.FromContext(ctx).Info("Started", "version", version, "node", o.nodeID, "installation", o.installation,
-		"endpoint", o.csi.String(), "adminEndpoint", o.adminEndpoint, "domains", len(entries))
+		"endpoint", o.csi.String(), "adminEndpoint", o.admin, "domains", len(entries))
 	err = stopped(group.Wait())
 	klog.FromContext(ctx).Info("Stopped")
 	return err

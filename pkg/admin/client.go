@@ -15,16 +15,18 @@ import (
 
 // Client asks a running Quarry.
 type Client struct {
-	endpoint Endpoint
-	http     *http.Client
+	where string // for errors
+	http  *http.Client
 }
 
 // NewClient makes a client; nothing is dialed until it is asked.
-func NewClient(e Endpoint) *Client {
-	dial := func(ctx context.Context, _, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", e.path)
-	}
-	return &Client{endpoint: e, http: &http.Client{Transport: &http.Transport{DialContext: dial}}}
+func NewClient(e Endpoint) *Client { return NewClientOver(e.String(), e.dial) }
+
+// NewClientOver makes a client that reaches Quarry by dial; where names that in errors.
+func NewClientOver(where string, dial func(context.Context) (net.Conn, error)) *Client {
+	return &Client{where: where, http: &http.Client{Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx) },
+	}}}
 }
 
 // Version of the Quarry that answers.
@@ -72,32 +74,37 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 		}
 		send = bytes.NewReader(data)
 	}
-	u := url.URL{Scheme: "http", Host: "quarry", Path: path, RawQuery: query.Encode()}
+	u := url.URL{Scheme: "http", Host: clientHost, Path: path, RawQuery: query.Encode()}
 	req, err := http.NewRequestWithContext(ctx, method, u.String(), send)
 	if err != nil {
 		return out, fault.Wrap(fault.Internal, err)
 	}
+	req.Header.Set(clientHeader, "1")
 	resp, err := c.http.Do(req)
 	if err != nil {
 		if ctx.Err() != nil {
-			return out, fault.New(fault.KindOf(ctx.Err()), "quarry on %s: %w", c.endpoint, ctx.Err())
+			return out, fault.New(fault.KindOf(ctx.Err()), "quarry on %s: %w", c.where, ctx.Err())
 		}
 		var made *url.Error
 		if errors.As(err, &made) {
 			err = made.Err // without the made-up URL
 		}
-		return out, fault.New(fault.Unavailable, "quarry does not answer on %s: %w", c.endpoint, err)
+		kind := fault.Unavailable
+		if known := new(fault.Error); errors.As(err, &known) { // the way there says more
+			kind = known.Kind
+		}
+		return out, fault.New(kind, "quarry does not answer on %s: %w", c.where, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusOK {
 		if err := json.NewDecoder(resp.Body).Decode(&out); err != nil {
-			return out, fault.New(fault.Unavailable, "the answer of %s is not Quarry's, or was cut off: %w", c.endpoint, err)
+			return out, fault.New(fault.Unavailable, "the answer of %s is not Quarry's, or was cut off: %w", c.where, err)
 		}
 		return out, nil
 	}
 	var fail failure
 	if err := json.NewDecoder(resp.Body).Decode(&fail); err != nil || fail.Error.Message == "" {
-		return out, fault.New(fault.Internal, "%s answers %s: it may not be Quarry's admin endpoint", c.endpoint, resp.Status)
+		return out, fault.New(fault.Internal, "%s answers %s: it may not be Quarry's admin endpoint", c.where, resp.Status)
 	}
 	return out, fault.New(kindNamed(fail.Error.Kind), "%s", fail.Error.Message)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,8 +19,30 @@ import (
 // maxSocketPath is what fits into a Linux sockaddr_un with its closing zero.
 const maxSocketPath = 107
 
-// Endpoint is the place of a Unix socket, as CSI writes it: "unix:///path".
-type Endpoint struct{ path string }
+// Endpoint is where something is served: a Unix socket, as CSI writes it
+// ("unix:///path"), or for operators also a loopback address ("tcp://127.0.0.1:9811").
+type Endpoint struct {
+	path    string
+	address string // host:port, instead of path
+}
+
+// ParseLoopback reads "tcp://ADDRESS:PORT" of a loopback address, beside what
+// ParseEndpoint reads. Whoever is in the same network namespace can connect there,
+// and nobody else. The error is fault.Invalid.
+func ParseLoopback(s string) (Endpoint, error) {
+	rest, ok := strings.CutPrefix(s, "tcp://")
+	if !ok {
+		return ParseEndpoint(s)
+	}
+	a, err := netip.ParseAddrPort(rest)
+	if err != nil {
+		return Endpoint{}, fault.New(fault.Invalid, "endpoint %q: must be tcp://ADDRESS:PORT with an address in digits, such as tcp://127.0.0.1:9811", s)
+	}
+	if !a.Addr().IsLoopback() {
+		return Endpoint{}, fault.New(fault.Invalid, "endpoint %q: %s is not a loopback address: whoever reaches it may delete images, so only 127.0.0.0/8 and [::1] are allowed", s, a.Addr())
+	}
+	return Endpoint{address: a.String()}, nil
+}
 
 // ParseEndpoint reads "unix:///path" or "/path". The error is fault.Invalid.
 func ParseEndpoint(s string) (Endpoint, error) {
@@ -40,11 +63,23 @@ func ParseEndpoint(s string) (Endpoint, error) {
 	return Endpoint{path: path}, nil
 }
 
-// String renders "unix:///path".
-func (e Endpoint) String() string { return "unix://" + e.path }
+// String renders "unix:///path" or "tcp://address:port".
+func (e Endpoint) String() string {
+	if e.address != "" {
+		return "tcp://" + e.address
+	}
+	return "unix://" + e.path
+}
 
-// Path of the socket.
+// Path of the socket; "" of a loopback address.
 func (e Endpoint) Path() string { return e.path }
+
+func (e Endpoint) dial(ctx context.Context) (net.Conn, error) {
+	if e.address != "" {
+		return new(net.Dialer).DialContext(ctx, "tcp", e.address)
+	}
+	return new(net.Dialer).DialContext(ctx, "unix", e.path)
+}
 
 // Listen makes the socket, with its directory, for this user only (mode 0600).
 // A socket that nobody serves any more is replaced; closing the listener
@@ -57,6 +92,16 @@ func (e Endpoint) Listen() (net.Listener, error) { return e.listen(0o600) }
 func (e Endpoint) ListenGroup() (net.Listener, error) { return e.listen(0o660) }
 
 func (e Endpoint) listen(mode os.FileMode) (net.Listener, error) {
+	if e.address != "" {
+		l, err := net.Listen("tcp", e.address)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fault.New(fault.InUse, "endpoint %s: another process serves it: stop that one or choose another port", e)
+		}
+		if err != nil {
+			return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
+		}
+		return l, nil
+	}
 	if err := os.MkdirAll(filepath.Dir(e.path), 0o750); err != nil {
 		return nil, fault.New(fault.Invalid, "endpoint %s: %w", e, err)
 	}
