@@ -297,9 +297,9 @@ func (c *leader) open(ctx context.Context, e domain.Entry, node string) (engine.
 		return nil, nil, fault.In(err, "open", e.Name, "")
 	}
 	return d, func(ctx context.Context, id string) error {
-		ids, err := c.manager.IDs(id)
+		ids, epoch, err := c.manager.IDs(id)
 		if err == nil {
-			d.Adopt(ctx, ids...)
+			d.Adopt(ctx, epoch, ids...)
 		}
 		return err
 	}, nil

@@ -39,7 +39,7 @@ var _ engine.Narrower = (*Domain)(nil)
 func (h *Hub) OpenDomain(ctx context.Context, spec DomainSpec) (*Domain, error) {
 	o := &opening{name: spec.Name, engine: spec.Engine, params: spec.Params, secret: spec.Secrets, node: spec.Node, opens: map[string]*remote.Engine{}, busy: map[string]chan struct{}{}}
 	d := &Domain{hub: h, o: o}
-	e, err := d.on(ctx)
+	_, e, err := d.on(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -57,11 +57,11 @@ func (h *Hub) OpenDomain(ctx context.Context, spec DomainSpec) (*Domain, error) 
 // adoptLimit is how long Adopt waits for nodes.
 const adoptLimit = 10 * time.Second
 
-// Adopt says under which IDs the Image Manager knows the domain, and tells the nodes. It
-// waits for those that answer soon.
-func (d *Domain) Adopt(ctx context.Context, ids ...string) {
+// Adopt says under which IDs the Image Manager knows the domain, and at which epoch it has
+// opened it, and tells the nodes. It waits for those that answer soon.
+func (d *Domain) Adopt(ctx context.Context, epoch int64, ids ...string) {
 	d.o.mu.Lock()
-	d.o.ids = slices.Clone(ids)
+	d.o.ids, d.o.epoch = slices.Clone(ids), epoch
 	d.o.mu.Unlock()
 	var told []<-chan struct{}
 	for _, n := range d.hub.Nodes() {
@@ -82,21 +82,23 @@ func (d *Domain) Adopt(ctx context.Context, ids ...string) {
 	}
 }
 
-// on is the engine on the node that was used last, else on the next on which it can be opened.
-func (d *Domain) on(ctx context.Context) (*remote.Engine, error) {
+// on is the engine on the node that was used last, else on the next on which it can be opened,
+// and the context to ask it with.
+func (d *Domain) on(ctx context.Context) (context.Context, *remote.Engine, error) {
+	ctx = d.o.carry(ctx)
 	nodes := d.o.order(slices.DeleteFunc(d.hub.Nodes(), func(n string) bool { return !d.o.reaches(n) }))
 	var first error
 	for _, n := range nodes {
 		p, err := d.hub.peer(n)
 		if err != nil {
-			return nil, err
+			return ctx, nil, err
 		}
 		e, err := d.o.at(ctx, p)
 		if err == nil {
 			d.o.mu.Lock()
 			d.o.last, d.o.opened = n, true
 			d.o.mu.Unlock()
-			return e, nil
+			return ctx, e, nil
 		}
 		if first == nil {
 			first = fault.New(fault.KindOf(err), "node %s: %w", n, err)
@@ -107,13 +109,13 @@ func (d *Domain) on(ctx context.Context) (*remote.Engine, error) {
 	d.o.mu.Unlock()
 	switch {
 	case first != nil && opened: // not a kind that the caller takes for the verb's own
-		return nil, fault.New(fault.Unavailable, "domain %s cannot be opened on another node: %w", d.o.name, first)
+		return ctx, nil, fault.New(fault.Unavailable, "domain %s cannot be opened on another node: %w", d.o.name, first)
 	case first != nil:
-		return nil, first
+		return ctx, nil, first
 	case d.o.node != "":
-		return nil, fault.New(fault.Unavailable, "domain %s belongs to node %s, which has no agent that is connected: look at the quarry pod there", d.o.name, d.o.node)
+		return ctx, nil, fault.New(fault.Unavailable, "domain %s belongs to node %s, which has no agent that is connected: look at the quarry pod there", d.o.name, d.o.node)
 	}
-	return nil, fault.New(fault.Unavailable, "domain %s: no node that reaches it has an agent that is connected", d.o.name)
+	return ctx, nil, fault.New(fault.Unavailable, "domain %s: no node that reaches it has an agent that is connected", d.o.name)
 }
 
 // Supports implements engine.Narrower.

@@ -27,6 +27,8 @@ type HubConfig struct {
 	Admit func(ctx context.Context, token, node string) error
 	// Joined is told of a node; may be nil. It must not wait for the Hub.
 	Joined func(node string)
+	// Lost is how long a node without a connection may go on with its work; 0: 30 s.
+	Lost time.Duration
 }
 
 // Hub is the controller's side: it takes the agents' connections, finds a node's agent
@@ -38,8 +40,11 @@ type Hub struct {
 	cancel context.CancelFunc
 	beside sync.WaitGroup
 
+	doubts *doubts
+
 	mu      sync.Mutex
 	closed  bool
+	come    chan struct{}       // closed, and replaced, when a node connects
 	peers   map[string]*peer    // by node; they stay when a node has left
 	domains map[string]*opening // by name of entry and node: see OpenDomain
 }
@@ -48,6 +53,7 @@ var _ image.Agents = (*Hub)(nil)
 
 // peer is an agent, connected or not.
 type peer struct {
+	hub  *Hub
 	node string
 	conn *grpc.ClientConn
 	rpc  agentpb.AgentClient
@@ -63,7 +69,7 @@ type peer struct {
 // NewHub makes a Hub.
 func NewHub(cfg HubConfig) *Hub {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Hub{cfg: cfg, ctx: ctx, cancel: cancel, peers: map[string]*peer{}, domains: map[string]*opening{}}
+	return &Hub{cfg: cfg, ctx: ctx, cancel: cancel, doubts: newDoubts(cfg.Lost), come: make(chan struct{}), peers: map[string]*peer{}, domains: map[string]*opening{}}
 }
 
 // Serve takes connections until ctx ends, then closes all. manager answers what agents
@@ -71,6 +77,9 @@ func NewHub(cfg HubConfig) *Hub {
 func (h *Hub) Serve(ctx context.Context, l net.Listener, manager node.Manager) error {
 	stop := context.AfterFunc(ctx, func() { _ = l.Close() })
 	defer stop()
+	h.doubts.mu.Lock()
+	h.doubts.began = time.Now()
+	h.doubts.mu.Unlock()
 	var running sync.WaitGroup
 	defer running.Wait()
 	ended := ctx
@@ -123,8 +132,8 @@ func (h *Hub) serve(ctx context.Context, conn net.Conn, manager node.Manager) er
 	log := klog.FromContext(ctx)
 	log.Info("An agent has connected", "node", p.node, "release", hello.GetRelease(), "address", conn.RemoteAddr().String())
 	g := newServer()
-	agentpb.RegisterControllerServer(g, &upstream{manager: manager, node: p.node})
-	err = serveStreams(s, map[string]*grpc.Server{controllerService: g})
+	agentpb.RegisterControllerServer(g, &upstream{hub: h, manager: manager, node: p.node})
+	err = serveStreams(s, map[string]*grpc.Server{controllerService: g}, drainLimit)
 	p.leave(s)
 	return err
 }
@@ -168,6 +177,10 @@ func (h *Hub) join(hello *agentpb.Hello, s *yamux.Session) (*peer, error) {
 	for _, o := range h.openings() {
 		o.reconnect(p.node)
 	}
+	h.mu.Lock()
+	close(h.come)
+	h.come = make(chan struct{})
+	h.mu.Unlock()
 	h.Prepare(p.node)
 	if h.cfg.Joined != nil {
 		h.cfg.Joined(p.node)
@@ -190,7 +203,7 @@ func (h *Hub) peer(name string) (*peer, error) {
 	if p := h.peers[name]; p != nil {
 		return p, nil
 	}
-	p := &peer{node: name, wake: make(chan struct{}, 1)}
+	p := &peer{hub: h, node: name, wake: make(chan struct{}, 1)}
 	conn, err := newClient(func(context.Context) (net.Conn, error) { return p.dial(agentService) })
 	if err != nil {
 		return nil, err
@@ -217,12 +230,27 @@ func (p *peer) connected() bool {
 	return p.session != nil
 }
 
+// isConnected says whether a node's agent is.
+func (h *Hub) isConnected(node string) bool {
+	h.mu.Lock()
+	p := h.peers[node]
+	h.mu.Unlock()
+	return p != nil && p.connected()
+}
+
+// comes is closed when the next node connects.
+func (h *Hub) comes() <-chan struct{} {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.come
+}
+
 // Agent implements image.Agents.
 func (h *Hub) Agent(name string) (image.Agent, error) {
 	h.mu.Lock()
 	p := h.peers[name]
 	h.mu.Unlock()
-	if p == nil || !p.connected() {
+	if !h.isConnected(name) {
 		return nil, fault.New(fault.Unavailable, "node %s has no agent that is connected: look at the quarry pod there", name)
 	}
 	return p, nil
@@ -262,12 +290,16 @@ func (h *Hub) Close() error {
 // upstream answers an agent. It speaks for its own node only.
 type upstream struct {
 	agentpb.UnimplementedControllerServer
+	hub     *Hub
 	manager node.Manager
 	node    string
 }
 
 func (u *upstream) Stage(ctx context.Context, r *agentpb.StageRequest) (*agentpb.StageResponse, error) {
 	st, err := u.manager.Stage(ctx, fromHandle(r.GetHandle()), u.node, r.GetGeneration())
+	if err == nil {
+		err = u.hub.settleChain(ctx, st)
+	}
 	return &agentpb.StageResponse{Staging: toStaging(st)}, err
 }
 

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -33,6 +34,8 @@ type LinkConfig struct {
 	// Engines are the types of storage, and Open opens a domain of one.
 	Engines []string
 	Open    func(ctx context.Context, engineType string, params, secrets map[string]string) (engine.Engine, error)
+	// Drain is how long the calls of a lost connection are waited for; 0: 15 s.
+	Drain time.Duration
 }
 
 // Link is the agent's side: it keeps a connection to the controller, and does what
@@ -44,6 +47,7 @@ type Link struct {
 	upstream   *grpc.ClientConn
 	controller agentpb.ControllerClient
 	engines    map[string]*serve.Server
+	gate       *gate
 
 	mu      sync.Mutex
 	session *yamux.Session // nil: not connected
@@ -58,7 +62,8 @@ var _ node.Manager = (*Link)(nil)
 
 // NewLink makes a Link. Run connects it.
 func NewLink(cfg LinkConfig) (*Link, error) {
-	l := &Link{cfg: cfg, engines: map[string]*serve.Server{}, adopted: map[string]adopted{}, users: map[string]*engine.Users{}}
+	cfg.Drain = cmp.Or(cfg.Drain, drainLimit)
+	l := &Link{cfg: cfg, engines: map[string]*serve.Server{}, gate: newGate(cfg.Drain), adopted: map[string]adopted{}, users: map[string]*engine.Users{}}
 	for _, kind := range cfg.Engines {
 		l.engines[kind] = serve.New(serve.Config{Engine: kind, Release: cfg.Release, Open: func(ctx context.Context, params, secrets map[string]string) (engine.Engine, error) {
 			return cfg.Open(ctx, kind, params, secrets)
@@ -137,14 +142,16 @@ func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work ima
 		l.session = nil
 		l.mu.Unlock()
 	}()
-	services := map[string]*grpc.Server{agentService: newServer()}
+	services := map[string]*grpc.Server{agentService: l.gate.server(func(method string) bool { // these say in another way whose they are
+		return method == agentpb.Agent_Adopt_FullMethodName || method == agentpb.Agent_Release_FullMethodName
+	})}
 	agentpb.RegisterAgentServer(services[agentService], &service{link: l, node: nodeAgent, work: work})
 	for kind, e := range l.engines {
-		g := newServer()
+		g := l.gate.server(func(string) bool { return true }) // what opens a domain
 		e.Register(g)
 		services[enginePrefix+kind] = g
 	}
-	return serveStreams(s, services)
+	return serveStreams(s, services, l.cfg.Drain)
 }
 
 // hello introduces this agent.
@@ -201,8 +208,9 @@ func (l *Link) KnownDomains() []image.DomainInfo {
 	return out
 }
 
-// adopt notes under which IDs the controller knows what it has opened.
-func (l *Link) adopt(r *agentpb.AdoptRequest) error {
+// adopt notes under which IDs the controller knows what it has opened, and ends what earlier
+// controllers still have running there.
+func (l *Link) adopt(ctx context.Context, r *agentpb.AdoptRequest) error {
 	all := map[string]adopted{}
 	for _, d := range r.GetDomains() {
 		if l.engines[d.GetEngine()] == nil {
@@ -211,6 +219,9 @@ func (l *Link) adopt(r *agentpb.AdoptRequest) error {
 		for _, id := range d.GetIds() {
 			all[id] = adopted{d.GetEngine(), d.GetOpened()}
 		}
+	}
+	if err := l.gate.adopt(ctx, epochsOf(r)); err != nil {
+		return err
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

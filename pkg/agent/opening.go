@@ -35,11 +35,22 @@ type opening struct {
 
 	mu     sync.Mutex
 	ids    []string
+	epoch  int64                     // at which the Image Manager has opened it
 	opens  map[string]*remote.Engine // by node
 	busy   map[string]chan struct{}  // nodes on which it is being opened; closed afterwards
 	opened bool                      // somewhere, once
 	last   string                    // the node that was used last
 	closed bool
+}
+
+// carry adds the domain's epoch, where that is known, to what is going to be asked.
+func (o *opening) carry(ctx context.Context) context.Context {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if len(o.ids) == 0 {
+		return ctx
+	}
+	return carry(ctx, map[string]int64{o.ids[0]: o.epoch})
 }
 
 // reaches says whether a domain can be reached from a node.
@@ -205,7 +216,7 @@ func (h *Hub) prepare(ctx context.Context, p *peer) (ok bool) {
 		reached = append(reached, o)
 		o.mu.Lock()
 		if len(o.ids) > 0 {
-			r.Domains = append(r.Domains, &agentpb.Adopted{Ids: o.ids, Engine: o.engine, Opened: o.name})
+			r.Domains = append(r.Domains, &agentpb.Adopted{Ids: o.ids, Engine: o.engine, Opened: o.name, Epoch: o.epoch})
 		}
 		o.mu.Unlock()
 	}
@@ -222,7 +233,7 @@ func (h *Hub) prepare(ctx context.Context, p *peer) (ok bool) {
 		all.Go(func() {
 			e, err := o.at(limited, p)
 			if err == nil {
-				_, err = e.Describe(limited) // opens it again where the agent was restarted
+				_, err = e.Describe(o.carry(limited)) // opens it again where the agent was restarted
 			}
 			if err != nil {
 				log.Error(err, "A domain is not open on a node", "domain", o.name, "node", p.node)

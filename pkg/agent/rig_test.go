@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -41,6 +42,9 @@ type rig struct {
 	dirs    map[string]string // domain: directory
 	stop    func()
 
+	lost   time.Duration // agent.HubConfig.Lost
+	copies *copies       // on all nodes, of whatever controller
+
 	mu     sync.Mutex
 	tokens map[string]string // token: node
 	admits int
@@ -48,7 +52,7 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
-	r := &rig{t: t, ctx: t.Context(), dirs: map[string]string{"a": t.TempDir(), "b": t.TempDir()}, tokens: map[string]string{}}
+	r := &rig{t: t, ctx: t.Context(), dirs: map[string]string{"a": t.TempDir(), "b": t.TempDir()}, tokens: map[string]string{}, copies: &copies{now: map[string]int{}}}
 	serverTLS, clientTLS := certificate(t)
 	l, err := tls.Listen("tcp", "127.0.0.1:0", serverTLS)
 	r.must(err)
@@ -58,9 +62,20 @@ func newRig(t *testing.T) *rig {
 	return r
 }
 
+// restart is a controller in place of one that has not begun, with another Lost.
+func (r *rig) restart(lost time.Duration) {
+	r.t.Helper()
+	r.stop()
+	serverTLS, clientTLS := certificate(r.t)
+	l, err := tls.Listen("tcp", r.address, serverTLS)
+	r.must(err)
+	r.tls, r.lost = clientTLS, lost
+	r.control(l)
+}
+
 // control begins a controller's life on a listener.
 func (r *rig) control(l net.Listener) {
-	r.hub = agent.NewHub(agent.HubConfig{Release: "test", Admit: r.admit})
+	r.hub = agent.NewHub(agent.HubConfig{Release: "test", Admit: r.admit, Lost: r.lost})
 	r.manager = image.New(image.Config{Installation: "test", Agents: r.hub, Worker: r.hub, CollectEvery: -1})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
@@ -114,9 +129,58 @@ func (r *rig) wait(what string, is func() bool) {
 	}
 }
 
+// copies counts the work on slabs that runs.
+type copies struct {
+	mu    sync.Mutex
+	now   map[string]int // by path
+	most  int            // at the same time on one
+	stuck atomic.Int32
+}
+
+func (c *copies) begin(path string) (end func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now[path]++
+	c.most = max(c.most, c.now[path])
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.now[path]--; c.now[path] == 0 {
+			delete(c.now, path)
+		}
+	}
+}
+
+func (c *copies) running() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.now)
+}
+
+func (c *copies) atOnce() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.most
+}
+
+// wait is what hangs, and hears of nothing.
+func (p pausing) wait() {
+	p.w.copies.stuck.Add(1)
+	defer p.w.copies.stuck.Add(-1)
+	<-p.w.stuck
+}
+
+func (p pausing) Zero(ctx context.Context, path string, from, to int64) error {
+	defer p.w.copies.begin(path)()
+	if p.w.stuck != nil {
+		p.wait()
+	}
+	return p.Files.Zero(ctx, path, from, to)
+}
+
 // worker is an agent.
 type worker struct {
-	r    *rig
+	r    *rig // its controller
 	name string
 	link *agent.Link
 	node *node.Node
@@ -124,8 +188,10 @@ type worker struct {
 	conn net.Conn
 	lost bool // it cannot connect any more
 	stop func()
-	// slow, if not nil, is waited for before each piece of a copy.
-	slow chan struct{}
+	// slow, if not nil, is waited for before each piece of a copy; stuck also where nobody
+	// waits for the copy any more.
+	slow, stuck chan struct{}
+	copies      *copies
 }
 
 // agent starts one, with a token of its node.
@@ -142,9 +208,9 @@ func (r *rig) agent(name string) *worker {
 
 func (r *rig) agentWith(name, token string) *worker {
 	r.t.Helper()
-	w := &worker{r: r, name: name}
+	w := &worker{r: r, name: name, copies: r.copies}
 	var err error
-	w.link, err = agent.NewLink(agent.LinkConfig{Node: name, Release: "test", Engines: []string{"dir"}, Dial: w.dial,
+	w.link, err = agent.NewLink(agent.LinkConfig{Node: name, Release: "test", Engines: []string{"dir"}, Dial: w.dial, Drain: time.Millisecond,
 		Token: func() (string, error) { return token, nil },
 		Open: func(ctx context.Context, _ string, params, _ map[string]string) (engine.Engine, error) {
 			return dir.Open(ctx, params, host.Exec{})
@@ -169,16 +235,26 @@ func (r *rig) agentWith(name, token string) *worker {
 
 func (w *worker) dial(ctx context.Context) (net.Conn, error) {
 	w.mu.Lock()
-	lost := w.lost
+	lost, tlsConfig, address := w.lost, w.r.tls, w.r.address
 	w.mu.Unlock()
 	if lost {
 		return nil, errors.New("no route")
 	}
-	conn, err := (&tls.Dialer{Config: w.r.tls}).DialContext(ctx, "tcp", w.r.address)
+	conn, err := (&tls.Dialer{Config: tlsConfig}).DialContext(ctx, "tcp", address)
 	w.mu.Lock()
 	w.conn = conn
 	w.mu.Unlock()
 	return conn, err
+}
+
+// lose keeps the agent from connecting, from now on or not any more.
+func (w *worker) lose(lost bool) {
+	w.mu.Lock()
+	w.lost = lost
+	w.mu.Unlock()
+	if lost {
+		w.cut()
+	}
 }
 
 // cut ends the agent's connection, as a network does.
@@ -195,10 +271,15 @@ type pausing struct {
 }
 
 func (p pausing) CopyBlock(ctx context.Context, src, dst string, o image.BlockCopy) error {
-	if seal := o.Checkpoint; seal != nil && p.w.slow != nil {
+	defer p.w.copies.begin(dst)()
+	if seal := o.Checkpoint; seal != nil && (p.w.slow != nil || p.w.stuck != nil) {
 		o.Checkpoint = func(offset int64) error {
 			if err := seal(offset); err != nil {
 				return err
+			}
+			if p.w.stuck != nil {
+				p.wait()
+				return ctx.Err()
 			}
 			select {
 			case <-p.w.slow:
@@ -222,7 +303,9 @@ func (r *rig) open(name, on string) string {
 	}
 	id, err := r.manager.AddDomain(r.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: scope, Node: on, Overcommit: 1000}, d)
 	r.must(err)
-	d.Adopt(r.ctx, id)
+	ids, epoch, err := r.manager.IDs(id)
+	r.must(err)
+	d.Adopt(r.ctx, epoch, ids...)
 	return id
 }
 

@@ -29,8 +29,23 @@ const (
 	extentsPage = 10_000
 )
 
-func (s *service) Adopt(_ context.Context, r *agentpb.AdoptRequest) (*agentpb.AdoptResponse, error) {
-	return &agentpb.AdoptResponse{}, s.link.adopt(r)
+func (s *service) Adopt(ctx context.Context, r *agentpb.AdoptRequest) (*agentpb.AdoptResponse, error) {
+	return &agentpb.AdoptResponse{}, s.link.adopt(ctx, r)
+}
+
+func (s *service) Settle(ctx context.Context, r *agentpb.SettleRequest) (*agentpb.SettleResponse, error) {
+	return &agentpb.SettleResponse{}, s.link.gate.settle(ctx, fromPlace(r.GetPlace()))
+}
+
+// writing does work that writes a slab, and that nobody else may write meanwhile.
+func (s *service) writing(ctx context.Context, p *agentpb.Place, work func(image.Place) error) error {
+	at := fromPlace(p)
+	release, err := s.link.gate.write(ctx, at)
+	if err != nil {
+		return err
+	}
+	defer release()
+	return work(at)
 }
 
 func (s *service) Freeze(ctx context.Context, r *agentpb.FreezeRequest) (*agentpb.FreezeResponse, error) {
@@ -126,30 +141,43 @@ func (s *service) CopyBlock(stream grpc.BidiStreamingServer[agentpb.CopyBlockReq
 			if err != nil {
 				return err
 			}
-			m, err := stream.Recv()
-			if err == nil && !m.GetSealed() {
-				err = fault.New(fault.Invalid, "a checkpoint must be answered by sealed")
+			sealed := make(chan error, 1)
+			go func() {
+				m, err := stream.Recv() // ends with the stream at the latest
+				if err == nil && !m.GetSealed() {
+					err = fault.New(fault.Invalid, "a checkpoint must be answered by sealed")
+				}
+				sealed <- err
+			}()
+			select {
+			case err := <-sealed:
+				return err
+			case <-stream.Context().Done(): // the gate ends calls, too
+				return stream.Context().Err()
 			}
-			return err
 		}
 	}
-	return s.work.CopyBlock(stream.Context(), fromContent(b.GetSource()), fromPlace(b.GetTarget()), opts)
+	return s.writing(stream.Context(), b.GetTarget(), func(to image.Place) error {
+		return s.work.CopyBlock(stream.Context(), fromContent(b.GetSource()), to, opts)
+	})
 }
 
 func (s *service) CopyTree(r *agentpb.CopyTreeRequest, stream grpc.ServerStreamingServer[agentpb.CopyTreeResponse]) error {
 	var t teller
 	defer t.end()
-	return s.work.CopyTree(stream.Context(), fromContent(r.GetSource()), fromPlace(r.GetTarget()), func(done, total int64) {
-		t.sometimes(func() { _ = stream.Send(&agentpb.CopyTreeResponse{Done: done, Total: total}) })
+	return s.writing(stream.Context(), r.GetTarget(), func(to image.Place) error {
+		return s.work.CopyTree(stream.Context(), fromContent(r.GetSource()), to, func(done, total int64) {
+			t.sometimes(func() { _ = stream.Send(&agentpb.CopyTreeResponse{Done: done, Total: total}) })
+		})
 	})
 }
 
 func (s *service) Zero(ctx context.Context, r *agentpb.ZeroRequest) (*agentpb.ZeroResponse, error) {
-	return &agentpb.ZeroResponse{}, s.work.Zero(ctx, fromPlace(r.GetPlace()), r.GetFrom(), r.GetTo())
+	return &agentpb.ZeroResponse{}, s.writing(ctx, r.GetPlace(), func(p image.Place) error { return s.work.Zero(ctx, p, r.GetFrom(), r.GetTo()) })
 }
 
 func (s *service) FormatLayer(ctx context.Context, r *agentpb.FormatLayerRequest) (*agentpb.FormatLayerResponse, error) {
-	return &agentpb.FormatLayerResponse{}, s.work.FormatLayer(ctx, fromPlace(r.GetPlace()), r.GetSize(), r.GetChunk())
+	return &agentpb.FormatLayerResponse{}, s.writing(ctx, r.GetPlace(), func(p image.Place) error { return s.work.FormatLayer(ctx, p, r.GetSize(), r.GetChunk()) })
 }
 
 func (s *service) Allocate(ctx context.Context, r *agentpb.AllocateRequest) (*agentpb.AllocateResponse, error) {
@@ -157,7 +185,7 @@ func (s *service) Allocate(ctx context.Context, r *agentpb.AllocateRequest) (*ag
 }
 
 func (s *service) TrimLayer(ctx context.Context, r *agentpb.TrimLayerRequest) (*agentpb.TrimLayerResponse, error) {
-	return &agentpb.TrimLayerResponse{}, s.work.TrimLayer(ctx, fromPlace(r.GetPlace()), r.GetSize())
+	return &agentpb.TrimLayerResponse{}, s.writing(ctx, r.GetPlace(), func(p image.Place) error { return s.work.TrimLayer(ctx, p, r.GetSize()) })
 }
 
 func (s *service) CheckLayer(ctx context.Context, r *agentpb.CheckLayerRequest) (*agentpb.CheckLayerResponse, error) {
@@ -169,8 +197,11 @@ func (s *service) CheckLayer(ctx context.Context, r *agentpb.CheckLayerRequest) 
 }
 
 func (s *service) RepairLayer(ctx context.Context, r *agentpb.RepairLayerRequest) (*agentpb.RepairLayerResponse, error) {
-	n, err := s.work.RepairLayer(ctx, fromPlace(r.GetPlace()), r.GetSize())
-	return &agentpb.RepairLayerResponse{Chunks: n}, err
+	resp := &agentpb.RepairLayerResponse{}
+	return resp, s.writing(ctx, r.GetPlace(), func(p image.Place) (err error) {
+		resp.Chunks, err = s.work.RepairLayer(ctx, p, r.GetSize())
+		return err
+	})
 }
 
 func (s *service) LayerExtents(r *agentpb.ExtentsRequest, stream grpc.ServerStreamingServer[agentpb.ExtentsResponse]) error {

@@ -100,7 +100,7 @@ func openStream(s *yamux.Session, service string) (net.Conn, error) {
 
 // serveStreams gives the streams that the peer opens to services, by name, until the
 // session ends. Then it ends the calls that run, and waits for them, but not for ever.
-func serveStreams(s *yamux.Session, services map[string]*grpc.Server) error {
+func serveStreams(s *yamux.Session, services map[string]*grpc.Server, drain time.Duration) error {
 	listeners := map[string]*listener{}
 	var running sync.WaitGroup
 	for name, g := range services {
@@ -131,7 +131,7 @@ func serveStreams(s *yamux.Session, services map[string]*grpc.Server) error {
 	go func() { running.Wait(); close(ended) }()
 	select {
 	case <-ended:
-	case <-time.After(drainLimit):
+	case <-time.After(drain):
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, yamux.ErrSessionShutdown) {
 		return nil
@@ -192,15 +192,15 @@ func (l *listener) Close() error {
 func (l *listener) Addr() net.Addr { return l.at }
 
 // newServer makes a gRPC server whose errors keep their kinds. Stop waits for its calls.
-func newServer() *grpc.Server {
-	return grpc.NewServer(grpc.WaitForHandlers(true), grpc.MaxRecvMsgSize(maxMessage),
+func newServer(more ...grpc.ServerOption) *grpc.Server {
+	return grpc.NewServer(append([]grpc.ServerOption{grpc.WaitForHandlers(true), grpc.MaxRecvMsgSize(maxMessage),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {
 			resp, err := next(ctx, req)
 			return resp, rpcfault.ToStatus(err)
 		}),
 		grpc.StreamInterceptor(func(srv any, ss grpc.ServerStream, _ *grpc.StreamServerInfo, next grpc.StreamHandler) error {
 			return rpcfault.ToStatus(next(srv, ss))
-		}))
+		})}, more...)...)
 }
 
 // newClient makes a gRPC client over streams that dial opens. It lasts over connections.

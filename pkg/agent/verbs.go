@@ -42,17 +42,17 @@ func (d *Domain) ModifyParams() map[string]string {
 }
 
 // do lets a verb run on a node.
-func (d *Domain) do(ctx context.Context, verb func(*remote.Engine) error) error {
-	e, err := d.on(ctx)
+func (d *Domain) do(ctx context.Context, verb func(context.Context, *remote.Engine) error) error {
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return err
 	}
-	return verb(e)
+	return verb(ctx, e)
 }
 
 // Describe runs on a node.
 func (d *Domain) Describe(ctx context.Context) (engine.Description, error) {
-	e, err := d.on(ctx)
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return engine.Description{}, err
 	}
@@ -61,22 +61,22 @@ func (d *Domain) Describe(ctx context.Context) (engine.Description, error) {
 
 // CreateSlab runs on a node.
 func (d *Domain) CreateSlab(ctx context.Context, spec engine.SlabSpec) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.CreateSlab(ctx, spec) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.CreateSlab(ctx, spec) })
 }
 
 // ResizeSlab runs on a node.
 func (d *Domain) ResizeSlab(ctx context.Context, id string, size int64) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.ResizeSlab(ctx, id, size) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.ResizeSlab(ctx, id, size) })
 }
 
 // DeleteSlab runs on a node.
 func (d *Domain) DeleteSlab(ctx context.Context, id string) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.DeleteSlab(ctx, id) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.DeleteSlab(ctx, id) })
 }
 
 // ListSlabs runs on a node.
 func (d *Domain) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
-	e, err := d.on(ctx)
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -85,17 +85,17 @@ func (d *Domain) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 
 // CreateTag runs on a node.
 func (d *Domain) CreateTag(ctx context.Context, tag engine.Tag) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.CreateTag(ctx, tag) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.CreateTag(ctx, tag) })
 }
 
 // DeleteTag runs on a node.
 func (d *Domain) DeleteTag(ctx context.Context, name string) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.DeleteTag(ctx, name) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.DeleteTag(ctx, name) })
 }
 
 // ListTags runs on a node.
 func (d *Domain) ListTags(ctx context.Context, prefix string) ([]engine.Tag, error) {
-	e, err := d.on(ctx)
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -104,22 +104,22 @@ func (d *Domain) ListTags(ctx context.Context, prefix string) ([]engine.Tag, err
 
 // SnapshotSlab runs on a node.
 func (d *Domain) SnapshotSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.SnapshotSlab(ctx, source, spec) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.SnapshotSlab(ctx, source, spec) })
 }
 
 // CloneSlab runs on a node.
 func (d *Domain) CloneSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.CloneSlab(ctx, source, spec) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.CloneSlab(ctx, source, spec) })
 }
 
 // CopySlab runs on a node.
 func (d *Domain) CopySlab(ctx context.Context, source string, spec engine.SlabSpec, progress func(done int64)) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.CopySlab(ctx, source, spec, progress) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.CopySlab(ctx, source, spec, progress) })
 }
 
 // DomainUsage runs on a node.
 func (d *Domain) DomainUsage(ctx context.Context) (engine.Usage, error) {
-	e, err := d.on(ctx)
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return engine.Usage{}, err
 	}
@@ -128,7 +128,7 @@ func (d *Domain) DomainUsage(ctx context.Context) (engine.Usage, error) {
 
 // SlabUsage runs on a node.
 func (d *Domain) SlabUsage(ctx context.Context, id string) (engine.Usage, error) {
-	e, err := d.on(ctx)
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return engine.Usage{}, err
 	}
@@ -137,12 +137,12 @@ func (d *Domain) SlabUsage(ctx context.Context, id string) (engine.Usage, error)
 
 // SetQuota runs on a node.
 func (d *Domain) SetQuota(ctx context.Context, id string, size int64) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.SetQuota(ctx, id, size) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.SetQuota(ctx, id, size) })
 }
 
 // DiffSlabs runs on a node.
 func (d *Domain) DiffSlabs(ctx context.Context, from, to string) ([]engine.Extent, error) {
-	e, err := d.on(ctx)
+	ctx, e, err := d.on(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -151,20 +151,20 @@ func (d *Domain) DiffSlabs(ctx context.Context, from, to string) ([]engine.Exten
 
 // Fence runs on a node.
 func (d *Domain) Fence(ctx context.Context, node, slab string) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.Fence(ctx, node, slab) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.Fence(ctx, node, slab) })
 }
 
 // Unfence runs on a node.
 func (d *Domain) Unfence(ctx context.Context, node, slab string) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.Unfence(ctx, node, slab) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.Unfence(ctx, node, slab) })
 }
 
 // SnapshotSlabs runs on a node.
 func (d *Domain) SnapshotSlabs(ctx context.Context, sources []string, specs []engine.SlabSpec) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.SnapshotSlabs(ctx, sources, specs) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.SnapshotSlabs(ctx, sources, specs) })
 }
 
 // ModifySlab runs on a node.
 func (d *Domain) ModifySlab(ctx context.Context, id string, params map[string]string) error {
-	return d.do(ctx, func(e *remote.Engine) error { return e.ModifySlab(ctx, id, params) })
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.ModifySlab(ctx, id, params) })
 }

@@ -42,12 +42,24 @@ func (h *Hub) worker(node string, domains ...string) (*peer, error) {
 	return h.peer(common[0])
 }
 
+// reader is a worker, and the context to ask it with.
+func (h *Hub) reader(ctx context.Context, node string, domains ...string) (context.Context, *peer, error) {
+	p, err := h.worker(node, domains...)
+	if err != nil {
+		return ctx, nil, err
+	}
+	ctx, err = h.carry(ctx, domains...)
+	return ctx, p, err
+}
+
 // CopyBlock implements image.Worker.
 func (h *Hub) CopyBlock(ctx context.Context, src image.Content, dst image.Place, opts image.BlockCopy) error {
-	p, err := h.worker(src.Node, src.Domain, dst.Domain)
-	if err != nil {
-		return err
-	}
+	return h.writing(ctx, dst, src.Node, []string{src.Domain, dst.Domain}, func(ctx context.Context, p *peer) error {
+		return p.copyBlock(ctx, src, dst, opts)
+	})
+}
+
+func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place, opts image.BlockCopy) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := p.rpc.CopyBlock(ctx)
@@ -66,6 +78,7 @@ func (h *Hub) CopyBlock(ctx context.Context, src image.Content, dst image.Place,
 			return rpcfault.FromStatus(err)
 		case m.GetCheckpoint() && opts.Checkpoint != nil:
 			if err := opts.Checkpoint(m.GetDurable()); err != nil {
+				p.hub.doubts.note(dst, p.node, fault.Canceled) // which the agent has yet to hear
 				return err
 			}
 			_ = stream.Send(&agentpb.CopyBlockRequest{Sealed: true})
@@ -77,16 +90,14 @@ func (h *Hub) CopyBlock(ctx context.Context, src image.Content, dst image.Place,
 
 // CopyTree implements image.Worker.
 func (h *Hub) CopyTree(ctx context.Context, src image.Content, dst image.Place, progress func(done, total int64)) error {
-	p, err := h.worker(src.Node, src.Domain, dst.Domain)
-	if err != nil {
-		return err
-	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	stream, err := p.rpc.CopyTree(ctx, &agentpb.CopyTreeRequest{Source: toContent(src), Target: toPlace(dst)})
-	return each(stream, err, func(m *agentpb.CopyTreeResponse) error {
-		progress(m.GetDone(), m.GetTotal())
-		return nil
+	return h.writing(ctx, dst, src.Node, []string{src.Domain, dst.Domain}, func(ctx context.Context, p *peer) error {
+		ctx, cancel := context.WithCancel(ctx)
+		defer cancel()
+		stream, err := p.rpc.CopyTree(ctx, &agentpb.CopyTreeRequest{Source: toContent(src), Target: toPlace(dst)})
+		return each(stream, err, func(m *agentpb.CopyTreeResponse) error {
+			progress(m.GetDone(), m.GetTotal())
+			return nil
+		})
 	})
 }
 
@@ -111,27 +122,23 @@ func each[M any](stream grpc.ServerStreamingClient[M], began error, take func(*M
 
 // Zero implements image.Worker.
 func (h *Hub) Zero(ctx context.Context, at image.Place, from, to int64) error {
-	p, err := h.worker("", at.Domain)
-	if err != nil {
-		return err
-	}
-	_, err = p.rpc.Zero(ctx, &agentpb.ZeroRequest{Place: toPlace(at), From: from, To: to})
-	return rpcfault.FromStatus(err)
+	return h.writing(ctx, at, "", []string{at.Domain}, func(ctx context.Context, p *peer) error {
+		_, err := p.rpc.Zero(ctx, &agentpb.ZeroRequest{Place: toPlace(at), From: from, To: to})
+		return rpcfault.FromStatus(err)
+	})
 }
 
 // FormatLayer implements image.Worker.
 func (h *Hub) FormatLayer(ctx context.Context, at image.Place, size, chunk int64) error {
-	p, err := h.worker("", at.Domain)
-	if err != nil {
-		return err
-	}
-	_, err = p.rpc.FormatLayer(ctx, &agentpb.FormatLayerRequest{Place: toPlace(at), Size: size, Chunk: chunk})
-	return rpcfault.FromStatus(err)
+	return h.writing(ctx, at, "", []string{at.Domain}, func(ctx context.Context, p *peer) error {
+		_, err := p.rpc.FormatLayer(ctx, &agentpb.FormatLayerRequest{Place: toPlace(at), Size: size, Chunk: chunk})
+		return rpcfault.FromStatus(err)
+	})
 }
 
 // Allocate implements image.Worker.
 func (h *Hub) Allocate(ctx context.Context, at image.Place, size int64) error {
-	p, err := h.worker("", at.Domain)
+	ctx, p, err := h.reader(ctx, "", at.Domain)
 	if err != nil {
 		return err
 	}
@@ -141,17 +148,15 @@ func (h *Hub) Allocate(ctx context.Context, at image.Place, size int64) error {
 
 // TrimLayer implements image.Worker.
 func (h *Hub) TrimLayer(ctx context.Context, at image.Place, size int64) error {
-	p, err := h.worker("", at.Domain)
-	if err != nil {
-		return err
-	}
-	_, err = p.rpc.TrimLayer(ctx, &agentpb.TrimLayerRequest{Place: toPlace(at), Size: size})
-	return rpcfault.FromStatus(err)
+	return h.writing(ctx, at, "", []string{at.Domain}, func(ctx context.Context, p *peer) error {
+		_, err := p.rpc.TrimLayer(ctx, &agentpb.TrimLayerRequest{Place: toPlace(at), Size: size})
+		return rpcfault.FromStatus(err)
+	})
 }
 
 // CheckLayer implements image.Worker.
 func (h *Hub) CheckLayer(ctx context.Context, at image.Place) (looked bool, err error) {
-	p, err := h.worker("", at.Domain)
+	ctx, p, err := h.reader(ctx, "", at.Domain)
 	if err != nil {
 		return false, err
 	}
@@ -165,17 +170,17 @@ func (h *Hub) CheckLayer(ctx context.Context, at image.Place) (looked bool, err 
 
 // RepairLayer implements image.Worker.
 func (h *Hub) RepairLayer(ctx context.Context, at image.Place, size int64) (chunks int64, err error) {
-	p, err := h.worker("", at.Domain)
-	if err != nil {
-		return 0, err
-	}
-	r, err := p.rpc.RepairLayer(ctx, &agentpb.RepairLayerRequest{Place: toPlace(at), Size: size})
-	return r.GetChunks(), rpcfault.FromStatus(err)
+	err = h.writing(ctx, at, "", []string{at.Domain}, func(ctx context.Context, p *peer) error {
+		r, err := p.rpc.RepairLayer(ctx, &agentpb.RepairLayerRequest{Place: toPlace(at), Size: size})
+		chunks = r.GetChunks()
+		return rpcfault.FromStatus(err)
+	})
+	return chunks, err
 }
 
 // LayerExtents implements image.Worker.
 func (h *Hub) LayerExtents(ctx context.Context, at image.Place, size int64) ([]engine.Extent, error) {
-	p, err := h.worker("", at.Domain)
+	ctx, p, err := h.reader(ctx, "", at.Domain)
 	if err != nil {
 		return nil, err
 	}
@@ -187,7 +192,7 @@ func (h *Hub) LayerExtents(ctx context.Context, at image.Place, size int64) ([]e
 
 // DataExtents implements image.Worker.
 func (h *Hub) DataExtents(ctx context.Context, at image.Place, size int64) ([]engine.Extent, error) {
-	p, err := h.worker("", at.Domain)
+	ctx, p, err := h.reader(ctx, "", at.Domain)
 	if err != nil {
 		return nil, err
 	}
@@ -214,7 +219,7 @@ func (h *Hub) Compare(ctx context.Context, a, b image.Content, ranges []engine.E
 	if b.Node != "" && b.Node != node {
 		return fault.New(fault.Unavailable, "one side is a chain on node %s, the other one on node %s: they cannot be compared now", a.Node, b.Node)
 	}
-	p, err := h.worker(node, a.Domain, b.Domain)
+	ctx, p, err := h.reader(ctx, node, a.Domain, b.Domain)
 	if err != nil {
 		return err
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 
+	"k8s.io/klog/v2"
+
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
@@ -183,7 +185,12 @@ func (d *domain) trimLayer(ctx context.Context, img *image) error {
 	if writable || rec.Chunk == 0 {
 		return nil
 	}
-	if err := d.m.cfg.Worker.TrimLayer(ctx, Place{d.id, slab}, rec.need()); err != nil {
+	err := d.m.cfg.Worker.TrimLayer(ctx, Place{d.id, slab}, rec.need())
+	if errors.Is(err, fault.InUse) {
+		klog.FromContext(ctx).V(2).Info("Trimming waits", "image", img.id, "why", err)
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	d.mu.Lock()

@@ -87,7 +87,8 @@ type Worker interface {
 	// can be read, and the slab may be in use. fault.Exhausted: there is not so much.
 	Allocate(ctx context.Context, p Place, size int64) error
 	// TrimLayer gives back the space of a layer of size bytes that nobody
-	// writes to, behind what it holds. It may be read meanwhile.
+	// writes to, behind what it holds. It may be read meanwhile. fault.InUse: somebody
+	// writes to it after all; nothing was changed.
 	TrimLayer(ctx context.Context, p Place, size int64) error
 	// CheckLayer looks at a layer, which may be in use: fault.Corrupt says that it is
 	// none, or that the kernel has given it up after a failed write. looked is false
@@ -332,13 +333,14 @@ func (m *Manager) Engine(domain string) (*engine.Users, error) {
 }
 
 // IDs are those of an open domain, under which nodes may have staged its images: its own
-// first, then its aliases'. fault.Unavailable: not open.
-func (m *Manager) IDs(domain string) ([]string, error) {
+// first, then its aliases'. epoch is the one at which it was opened here. fault.Unavailable:
+// not open.
+func (m *Manager) IDs(domain string) (ids []string, epoch int64, err error) {
 	d, err := m.domain(domain)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
-	return d.ids(), nil
+	return d.ids(), int64(d.epoch), nil
 }
 
 // Topology says from which node a domain's images can be reached; "": from all.

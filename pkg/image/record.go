@@ -120,6 +120,9 @@ func born(id string) revision {
 	return revision(n)
 }
 
+// EpochOf is the epoch of the manager that gave a slab its name; 0: none did.
+func EpochOf(slab string) int64 { return int64(born(slab).epoch()) }
+
 // What a weak record is about.
 const (
 	opCreate   = "create"   // a volume is being made

@@ -3,6 +3,7 @@ package mover
 import (
 	"context"
 	"io"
+	"strconv"
 
 	"golang.org/x/sys/unix"
 
@@ -37,7 +38,8 @@ func (m *Mover) Allocate(ctx context.Context, path string, size int64) error {
 	return sysErr(retry(func() error { return unix.Fsync(d.fd) }), "flush", path)
 }
 
-// TrimLayer implements Files.
+// TrimLayer implements Files. Who attaches the file waits for its lock; somebody who has it
+// open already and writes to it shows in that the layer holds more than a moment ago.
 func (m *Mover) TrimLayer(ctx context.Context, path string, size int64) error {
 	d, err := openStore(path, unix.O_RDWR)
 	if err != nil {
@@ -47,21 +49,19 @@ func (m *Mover) TrimLayer(ctx context.Context, path string, size int64) error {
 	if d.device {
 		return nil
 	}
-	h, err := layer.ReadHeader(d.file())
+	first, err := d.used(ctx, size)
+	if err != nil || first >= size {
+		return err
+	}
+	if err := d.lock("layer"); err != nil {
+		return err
+	}
+	from, err := d.used(ctx, size)
 	if err != nil {
 		return err
 	}
-	n := int64(0)
-	err = layer.Exceptions(d.file(), size, func(_, _ int64) error { n++; return ctx.Err() })
-	if ctx.Err() != nil {
-		return canceled(ctx, "trimming of layer "+path)
-	}
-	if err != nil {
-		return err
-	}
-	from := layer.Used(n, h.Chunk)
-	if from >= size {
-		return nil
+	if from != first {
+		return fault.New(fault.InUse, "layer %s is being written: it is not trimmed now", strconv.Quote(path))
 	}
 	err = retry(func() error {
 		return unix.Fallocate(d.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, from, size-from)
@@ -70,6 +70,20 @@ func (m *Mover) TrimLayer(ctx context.Context, path string, size int64) error {
 		return nil
 	}
 	return sysErr(err, "give back the space of", path)
+}
+
+// used is where the space behind what a layer of size bytes holds begins.
+func (s *store) used(ctx context.Context, size int64) (int64, error) {
+	h, err := layer.ReadHeader(s.file())
+	if err != nil {
+		return 0, err
+	}
+	n := int64(0)
+	err = layer.Exceptions(s.file(), size, func(_, _ int64) error { n++; return ctx.Err() })
+	if ctx.Err() != nil {
+		return 0, canceled(ctx, "trimming of layer "+s.path)
+	}
+	return layer.Used(n, h.Chunk), err
 }
 
 // CheckLayer implements Files.

@@ -65,15 +65,20 @@ func openLocked(path string, flags int) (*store, error) {
 	if err != nil {
 		return nil, err
 	}
-	err = retry(func() error { return unix.Flock(s.fd, unix.LOCK_EX|unix.LOCK_NB) })
-	if err == unix.EWOULDBLOCK {
-		err = fault.New(fault.InUse, "copy target %s is locked: another process still writes it", strconv.Quote(path))
-	}
-	if err != nil {
+	if err := s.lock("copy target"); err != nil {
 		s.close()
-		return nil, sysErr(err, "lock", path)
+		return nil, err
 	}
 	return s, nil
+}
+
+// lock takes the file's lock, which is given back with the file.
+func (s *store) lock(what string) error {
+	err := retry(func() error { return unix.Flock(s.fd, unix.LOCK_EX|unix.LOCK_NB) })
+	if err == unix.EWOULDBLOCK {
+		err = fault.New(fault.InUse, "%s %s is locked: another process still writes it", what, strconv.Quote(s.path))
+	}
+	return sysErr(err, "lock", s.path)
 }
 
 func openStore(path string, flags int) (*store, error) {
