@@ -52,12 +52,14 @@ func (p *peer) Layers(ctx context.Context, h image.Handle) error {
 }
 
 // Switch implements image.ChainAgent.
-func (p *peer) Switch(ctx context.Context, images []image.Staging) error {
+func (p *peer) Switch(ctx context.Context, images []image.Staging, prepared string) error {
 	ctx, err := p.about(ctx, images...)
 	if err != nil {
 		return err
 	}
-	_, err = p.rpc.Switch(ctx, switchRequest(images))
+	r := switchRequest(images)
+	r.Prepared = prepared
+	_, err = p.rpc.Switch(ctx, r)
 	return rpcfault.FromStatus(err)
 }
 
@@ -81,19 +83,25 @@ func switchRequest(images []image.Staging) *agentpb.SwitchRequest {
 	return r
 }
 
-// Hold implements image.ChainAgent.
-func (p *peer) Hold(ctx context.Context, images []image.Staging) (string, error) {
+// Prepare implements image.ChainAgent.
+func (p *peer) Prepare(ctx context.Context, images []image.Staging) (string, error) {
 	ctx, err := p.about(ctx, images...)
 	if err != nil {
 		return "", err
 	}
-	r, err := p.rpc.Hold(ctx, switchRequest(images))
-	return r.GetHold(), rpcfault.FromStatus(err)
+	r, err := p.rpc.Prepare(ctx, switchRequest(images))
+	return r.GetPrepared(), rpcfault.FromStatus(err)
+}
+
+// Hold implements image.ChainAgent.
+func (p *peer) Hold(ctx context.Context, prepared string) error {
+	_, err := p.rpc.Hold(ctx, &agentpb.HoldRequest{Prepared: prepared})
+	return rpcfault.FromStatus(err)
 }
 
 // Release implements image.ChainAgent.
-func (p *peer) Release(ctx context.Context, hold string) error {
-	_, err := p.rpc.Release(ctx, &agentpb.ReleaseRequest{Hold: hold})
+func (p *peer) Release(ctx context.Context, prepared string) error {
+	_, err := p.rpc.Release(ctx, &agentpb.ReleaseRequest{Prepared: prepared})
 	return rpcfault.FromStatus(err)
 }
 

@@ -67,7 +67,7 @@ func (s *service) Layers(ctx context.Context, r *agentpb.ImageRequest) (*agentpb
 }
 
 func (s *service) Switch(ctx context.Context, r *agentpb.SwitchRequest) (*agentpb.SwitchResponse, error) {
-	return &agentpb.SwitchResponse{}, s.node.Switch(ctx, fromSwitch(r))
+	return &agentpb.SwitchResponse{}, s.node.Switch(ctx, fromSwitch(r), r.GetPrepared())
 }
 
 func fromSwitch(r *agentpb.SwitchRequest) (images []image.Staging) {
@@ -77,13 +77,17 @@ func fromSwitch(r *agentpb.SwitchRequest) (images []image.Staging) {
 	return images
 }
 
-func (s *service) Hold(ctx context.Context, r *agentpb.SwitchRequest) (*agentpb.HoldResponse, error) {
-	hold, err := s.node.Hold(ctx, fromSwitch(r))
-	return &agentpb.HoldResponse{Hold: hold}, err
+func (s *service) Prepare(ctx context.Context, r *agentpb.SwitchRequest) (*agentpb.PrepareResponse, error) {
+	prepared, err := s.node.Prepare(ctx, fromSwitch(r))
+	return &agentpb.PrepareResponse{Prepared: prepared}, err
+}
+
+func (s *service) Hold(ctx context.Context, r *agentpb.HoldRequest) (*agentpb.HoldResponse, error) {
+	return &agentpb.HoldResponse{}, s.node.Hold(ctx, r.GetPrepared())
 }
 
 func (s *service) Release(ctx context.Context, r *agentpb.ReleaseRequest) (*agentpb.ReleaseResponse, error) {
-	return &agentpb.ReleaseResponse{}, s.node.Release(ctx, r.GetHold())
+	return &agentpb.ReleaseResponse{}, s.node.Release(ctx, r.GetPrepared())
 }
 
 func (s *service) Merge(ctx context.Context, r *agentpb.ChainRequest) (*agentpb.MergeResponse, error) {

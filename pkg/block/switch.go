@@ -34,22 +34,20 @@ func (d *Devices) Switch(ctx context.Context, specs []Spec) error {
 	return h.Release()
 }
 
-// Held is the first half of a Switch: nothing is written through the tops until Release.
+// Held is a Switch half-way. Until Release other work on these domains' devices waits.
 type Held struct {
 	d       *Devices
 	w       *world
 	specs   []Spec
 	steps   []step
-	still   *host.Suspension // nil: there was nothing to move
+	still   *host.Suspension // nil: nothing waits
+	release func() error     // once
 	unlock  func()
-	release func() error // once
 }
 
-// Hold is Switch up to the moment that counts: the new tables are loaded, what was
-// written is durable, and I/O waits until Release, or for SuspendLimit. Then the new
-// tables are in force, too. Until Release other work on these domains' devices waits.
-// Errors as Switch has them.
-func (d *Devices) Hold(ctx context.Context, specs []Spec) (*Held, error) {
+// Prepare is what a Switch can do while everything is in use: the new chains' devices
+// are built, and most of what was written is flushed. Errors as Switch has them.
+func (d *Devices) Prepare(ctx context.Context, specs []Spec) (*Held, error) {
 	for _, s := range specs {
 		if err := s.check(); err != nil {
 			return nil, err
@@ -59,7 +57,7 @@ func (d *Devices) Hold(ctx context.Context, specs []Spec) (*Held, error) {
 	if err != nil {
 		return nil, err
 	}
-	h, err := d.hold(ctx, specs)
+	h, err := d.prepare(ctx, specs)
 	if err != nil {
 		unlock()
 		return nil, err
@@ -68,7 +66,19 @@ func (d *Devices) Hold(ctx context.Context, specs []Spec) (*Held, error) {
 	return h, nil
 }
 
-func (d *Devices) hold(ctx context.Context, specs []Spec) (*Held, error) {
+// Hold is Prepare and the moment that counts.
+func (d *Devices) Hold(ctx context.Context, specs []Spec) (*Held, error) {
+	h, err := d.Prepare(ctx, specs)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.Hold(ctx); err != nil {
+		return nil, errors.Join(err, h.Release())
+	}
+	return h, nil
+}
+
+func (d *Devices) prepare(ctx context.Context, specs []Spec) (*Held, error) {
 	w, err := d.fresh(ctx, specs...)
 	if err != nil {
 		return nil, err
@@ -89,14 +99,27 @@ func (d *Devices) hold(ctx context.Context, specs []Spec) (*Held, error) {
 	if done && len(steps) > 0 {
 		return nil, collect(fault.New(fault.Conflict, "some of %d images have their new chains already, and others not: an earlier attempt was cut short, and what it cut is no one point in time; switch each by itself", len(specs)))
 	}
-	still, err := d.still(ctx, w, steps)
-	if err != nil {
+	for _, s := range steps {
+		if err := d.continues(ctx, w, s); err != nil {
+			return nil, collect(err)
+		}
+	}
+	if err := d.flush(ctx, w.heads(steps)); err != nil { // most of it now, while nobody waits
 		return nil, collect(err)
 	}
-	return &Held{d: d, w: w, specs: specs, steps: steps, still: still}, nil
+	return &Held{d: d, w: w, specs: specs, steps: steps}, nil
 }
 
-// Release lets I/O go on, through the new chains. Called again it returns the same.
+// Hold lets I/O wait until Release, or for SuspendLimit: then the new tables are in
+// force, too. They are loaded, and what was written before is durable. It is called
+// once; after an error nothing waits, and Release changes nothing.
+func (h *Held) Hold(ctx context.Context) (err error) {
+	h.still, err = h.d.still(ctx, h.w, h.steps)
+	return err
+}
+
+// Release lets I/O go on, through the new chains; without Hold, or when that failed, as
+// if nothing had been prepared. Called again it returns the same.
 //
 // fault.Conflict: it had gone on before, on some devices or all: what was cut is no
 // one moment. The chains are the new ones all the same, or read as they do.
@@ -106,7 +129,8 @@ func (h *Held) end() error {
 	defer h.unlock()
 	ctx := context.Background() // what was begun goes to its end
 	err := h.d.moved(ctx, h.w, h.steps, h.still)
-	if err == nil && !h.w.idle(domainsOf(h.specs...)) {
+	moved := h.still != nil || len(h.steps) == 0
+	if err == nil && moved && !h.w.idle(domainsOf(h.specs...)) {
 		return nil // a layer more: nothing has come free
 	}
 	return errors.Join(err, h.d.collect(ctx, domainsOf(h.specs...)))
@@ -182,6 +206,14 @@ func (d *Devices) continues(ctx context.Context, w *world, s step) error {
 
 // move switches tops that are awake, all at one moment.
 func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
+	for _, s := range steps {
+		if err := d.continues(ctx, w, s); err != nil {
+			return err
+		}
+	}
+	if err := d.flush(ctx, w.heads(steps)); err != nil {
+		return err
+	}
 	still, err := d.still(ctx, w, steps)
 	if err != nil {
 		return err
@@ -189,18 +221,25 @@ func (d *Devices) move(ctx context.Context, w *world, steps []step) error {
 	return d.moved(context.WithoutCancel(ctx), w, steps, still)
 }
 
-// still is the first half of move: the tops are suspended, with their new tables
-// loaded. nil: there are none.
+// heads are the paths of the devices over which some tops stand now.
+func (w *world) heads(steps []step) []string {
+	var out []string
+	for _, s := range steps {
+		if path := w.path(read(s.top).under); !slices.Contains(out, path) {
+			out = append(out, path)
+		}
+	}
+	return out
+}
+
+// still suspends tops whose new chains continue their present ones, flushes what is
+// below them, and loads their new tables. nil: there are none.
 func (d *Devices) still(ctx context.Context, w *world, steps []step) (*host.Suspension, error) {
 	if len(steps) == 0 {
 		return nil, nil
 	}
 	var devices []host.Mapped
-	var heads []string
 	for _, s := range steps {
-		if err := d.continues(ctx, w, s); err != nil {
-			return nil, err
-		}
 		devices = append(devices, s.top)
 		for _, upper := range w.above(number(s.top.Major, s.top.Minor)) { // the filesystem is on these
 			upper, err := d.awake(ctx, w, upper)
@@ -209,18 +248,12 @@ func (d *Devices) still(ctx context.Context, w *world, steps []step) (*host.Susp
 			}
 			devices = append(devices, upper)
 		}
-		if path := w.path(read(s.top).under); !slices.Contains(heads, path) {
-			heads = append(heads, path)
-		}
-	}
-	if err := d.flush(ctx, heads); err != nil { // most of it now, while nobody waits
-		return nil, err
 	}
 	s, err := d.host().SuspendAll(ctx, devices, SuspendLimit)
 	if err != nil {
 		return nil, err
 	}
-	err = d.flush(ctx, heads)
+	err = d.flush(ctx, w.heads(steps))
 	for _, st := range steps {
 		if err == nil {
 			err = d.host().LoadMapped(ctx, st.top, st.top.ReadOnly, linear(st.levels[0].num, st.top.Size))
@@ -232,7 +265,7 @@ func (d *Devices) still(ctx context.Context, w *world, steps []step) (*host.Susp
 	return s, nil
 }
 
-// moved is the second half of move.
+// moved lets I/O go on through the new tables.
 func (d *Devices) moved(ctx context.Context, w *world, steps []step, still *host.Suspension) error {
 	if still == nil {
 		return nil

@@ -290,10 +290,12 @@ func (l *layering) Agent(node string) (image.Agent, error) {
 }
 
 func (l *layering) Layers(context.Context, image.Handle) error    { return nil }
-func (l *layering) Switch(context.Context, []image.Staging) error { return nil }
-func (l *layering) Release(context.Context, string) error         { return nil }
+func (l *layering) Hold(context.Context, string) error    { return nil }
+func (l *layering) Release(context.Context, string) error { return nil }
 
-func (l *layering) Hold(context.Context, []image.Staging) (string, error) { return "", nil }
+func (l *layering) Switch(context.Context, []image.Staging, string) error { return nil }
+
+func (l *layering) Prepare(context.Context, []image.Staging) (string, error) { return "", nil }
 
 func (l *layering) Merge(_ context.Context, chain image.Staging) (image.Merging, error) {
 	l.mu.Lock()

@@ -298,7 +298,7 @@ func (d *domain) settleFlat(ctx context.Context, f *image) error {
 		users = append(users, i)
 	}
 	for _, i := range users { // each by itself: they need no common moment
-		if err := d.m.switchChains(ctx, i); err != nil {
+		if err := d.m.switchChains(ctx, nil, i); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"sync"
 
+	"k8s.io/klog/v2"
+
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/layer"
@@ -77,15 +79,25 @@ func (d *domain) overlay(ctx context.Context, op *operation, id string, size, ch
 // cutLayer makes the snapshot by a layer, up to and with the switch. The caller
 // holds the source's lock.
 func (c *cutting) cutLayer(ctx context.Context) error {
-	if err := c.layOver(ctx); err != nil {
-		return err
+	var ready chan *prepared // whoever has the volume in use builds the new chain beside the seal
+	err := c.layOver(ctx, func(chain []SlabRef) {
+		ready = make(chan *prepared, 1)
+		go func() { ready <- c.m.prepare(ctx, c.src, chain) }()
+	})
+	var p *prepared
+	if ready != nil {
+		p = <-ready
+	}
+	if err != nil {
+		return errors.Join(err, p.drop(ctx))
 	}
 	c.op.stepf("switching %s to its new layer", c.src.id)
-	return c.m.switchChains(ctx, c.src)
+	return c.m.switchChains(ctx, p, c.src)
 }
 
-// layOver puts an empty layer over the source's slab, in the metadata.
-func (c *cutting) layOver(ctx context.Context) error {
+// layOver puts an empty layer over the source's slab, in the metadata. built, if it
+// is not nil, is told the chain that the source is going to have, once its layer is there.
+func (c *cutting) layOver(ctx context.Context, built func(chain []SlabRef)) error {
 	d := c.src.d
 	rec, slab := c.src.snapshot()
 	chunk := layer.ChunkSize(rec.Size)
@@ -104,40 +116,92 @@ func (c *cutting) layOver(ctx context.Context) error {
 			return err
 		}
 	}
+	if built != nil {
+		d.mu.Lock()
+		below, err := d.chain(c.img)
+		d.mu.Unlock()
+		if err != nil {
+			return err
+		}
+		built(append([]SlabRef{{ID: c.img.id, Size: rec.Size, Chunk: chunk}}, below...))
+	}
 	rec.Parent, rec.Chunk = c.img.id, chunk
 	return d.commit(ctx, c.src, rec, c.img.id)
 }
 
-// switchChains lets the nodes on which the images are in use build their
-// present chains, all at one moment. The caller holds their locks.
-func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
-	byNode := map[string][]Staging{}
-	for _, img := range images {
-		if err := img.d.current(ctx); err != nil {
-			return err
-		}
-		for _, n := range img.stagedNodes() {
-			st, err := img.d.staging(img, n)
-			if err != nil {
-				return err
-			}
-			for _, h := range img.d.handles(img) {
-				st.Handle = h
-				byNode[n] = append(byNode[n], st)
-			}
-		}
+// prepared is a switch for which a node is ready.
+type prepared struct {
+	node  string
+	agent ChainAgent
+	id    string
+}
+
+// drop lets the node forget it, whatever else there is. p may be nil.
+func (p *prepared) drop(ctx context.Context) error {
+	if p == nil {
+		return nil
 	}
-	agents := map[string]ChainAgent{}
-	for n := range byNode {
-		a, err := m.cfg.Agents.Agent(n)
-		if err != nil {
-			return err
+	err := p.agent.Release(context.WithoutCancel(ctx), p.id)
+	if fault.KindOf(err) == fault.Conflict { // it was over
+		return nil
+	}
+	return err
+}
+
+// prepare lets the one node that has src in use build a chain beside its present one. nil:
+// there is no such node, or it could not; the switch is going to say why, if it cannot either.
+func (m *Manager) prepare(ctx context.Context, src *image, chain []SlabRef) *prepared {
+	nodes := src.stagedNodes()
+	if len(nodes) != 1 {
+		return nil
+	}
+	a, err := m.cfg.Agents.Agent(nodes[0])
+	agent, ok := a.(ChainAgent)
+	if err != nil || !ok {
+		return nil
+	}
+	images, err := src.d.stagings(src, nodes[0])
+	if err != nil {
+		return nil
+	}
+	for i := range images {
+		images[i].Slabs = chain
+	}
+	p := &prepared{node: nodes[0], agent: agent}
+	if p.id, err = agent.Prepare(ctx, images); err != nil {
+		klog.FromContext(ctx).V(2).Info("A node could not prepare for a layer", "image", src.id, "node", p.node, "err", err)
+		return nil
+	}
+	return p
+}
+
+// stagings are what a node needs to build an image's present chain, under each of its names.
+func (d *domain) stagings(img *image, node string) ([]Staging, error) {
+	st, err := d.staging(img, node)
+	if err != nil {
+		return nil, err
+	}
+	var out []Staging
+	for _, h := range d.handles(img) {
+		st.Handle = h
+		out = append(out, st)
+	}
+	return out, nil
+}
+
+// switchChains lets the nodes on which the images are in use build their
+// present chains, all at one moment. The caller holds their locks. ready, if it is
+// not nil, is a node that has begun with that; it is used or dropped.
+func (m *Manager) switchChains(ctx context.Context, ready *prepared, images ...*image) error {
+	byNode, agents, err := m.toSwitch(ctx, images)
+	if err != nil {
+		return errors.Join(err, ready.drop(ctx))
+	}
+	if ready != nil && (len(agents) > 1 || agents[ready.node] == nil) {
+		if err := ready.drop(ctx); err != nil {
+			return notSwitched(ready.node, err)
 		}
-		agent, ok := a.(ChainAgent)
-		if !ok {
-			return fault.New(fault.Unsupported, "node %s cannot build chains of layers", n)
-		}
-		agents[n] = agent
+		ready = nil
 	}
 	if len(agents) > 1 {
 		m.holding.Lock() // two groups on the same nodes would wait for each other, each holding one
@@ -145,11 +209,43 @@ func (m *Manager) switchChains(ctx context.Context, images ...*image) error {
 		return holdAll(ctx, agents, byNode)
 	}
 	for n, agent := range agents {
-		if err := agent.Switch(ctx, byNode[n]); err != nil {
+		id := ""
+		if ready != nil {
+			id = ready.id
+		}
+		if err := agent.Switch(ctx, byNode[n], id); err != nil {
 			return notSwitched(n, err)
 		}
 	}
 	return nil
+}
+
+func (m *Manager) toSwitch(ctx context.Context, images []*image) (map[string][]Staging, map[string]ChainAgent, error) {
+	byNode, agents := map[string][]Staging{}, map[string]ChainAgent{}
+	for _, img := range images {
+		if err := img.d.current(ctx); err != nil {
+			return nil, nil, err
+		}
+		for _, n := range img.stagedNodes() {
+			all, err := img.d.stagings(img, n)
+			if err != nil {
+				return nil, nil, err
+			}
+			byNode[n] = append(byNode[n], all...)
+		}
+	}
+	for n := range byNode {
+		a, err := m.cfg.Agents.Agent(n)
+		if err != nil {
+			return nil, nil, err
+		}
+		agent, ok := a.(ChainAgent)
+		if !ok {
+			return nil, nil, fault.New(fault.Unsupported, "node %s cannot build chains of layers", n)
+		}
+		agents[n] = agent
+	}
+	return byNode, agents, nil
 }
 
 func notSwitched(node string, err error) error {
@@ -163,7 +259,7 @@ func notSwitched(node string, err error) error {
 // writes anywhere; and that was one moment if none had gone on before it was released.
 func holdAll(ctx context.Context, agents map[string]ChainAgent, byNode map[string][]Staging) error {
 	var mu sync.Mutex
-	holds, errs := map[string]string{}, map[string]error{}
+	ready, errs := map[string]string{}, map[string]error{}
 	each := func(do func(node string, agent ChainAgent) error) {
 		var all sync.WaitGroup
 		for n, agent := range agents {
@@ -178,24 +274,27 @@ func holdAll(ctx context.Context, agents map[string]ChainAgent, byNode map[strin
 		}
 		all.Wait()
 	}
-	each(func(n string, agent ChainAgent) error {
-		hold, err := agent.Hold(ctx, byNode[n])
+	each(func(n string, agent ChainAgent) error { // what takes its time, before anybody waits
+		id, err := agent.Prepare(ctx, byNode[n])
 		mu.Lock()
 		defer mu.Unlock()
 		if err == nil {
-			holds[n] = hold
+			ready[n] = id
 		}
 		return err
 	})
+	if len(errs) == 0 {
+		each(func(n string, agent ChainAgent) error { return agent.Hold(ctx, ready[n]) })
+	}
 	ctx = context.WithoutCancel(ctx) // what is held is released whatever happens
 	each(func(n string, agent ChainAgent) error {
 		mu.Lock()
-		hold, held := holds[n]
+		id, have := ready[n]
 		mu.Unlock()
-		if !held {
+		if !have {
 			return nil
 		}
-		return agent.Release(ctx, hold)
+		return agent.Release(ctx, id)
 	})
 	var all []error
 	for _, n := range slices.Sorted(maps.Keys(errs)) {
@@ -266,7 +365,7 @@ func (m *Manager) finishCut(ctx context.Context, op *operation, img *image) (don
 		return false, nil
 	}
 	op.stepf("switching %s to its new layer", src.id)
-	if err := m.switchChains(ctx, src); err != nil {
+	if err := m.switchChains(ctx, nil, src); err != nil {
 		return false, err
 	}
 	c := cutting{m: m, op: op, src: src, img: img, rec: rec}
@@ -379,10 +478,10 @@ func (m *Manager) layTogether(ctx context.Context, op *operation, members []*cut
 	}
 	for i, c := range members {
 		op.stepf("laying a layer over %s (%d of %d)", c.src.id, i+1, len(members))
-		if err := c.layOver(ctx); err != nil {
+		if err := c.layOver(ctx, nil); err != nil {
 			return how{}, err
 		}
 	}
 	op.stepf("switching %d volumes to their new layers", len(members))
-	return how{reason: "layer"}, m.switchChains(ctx, sources...)
+	return how{reason: "layer"}, m.switchChains(ctx, nil, sources...)
 }

@@ -373,7 +373,7 @@ func (d *domain) beginMerge(ctx context.Context, op *operation, img, below *imag
 	if err := d.raise(ctx, op, img, below); err != nil {
 		return nil, err
 	}
-	if err := d.m.switchChains(ctx, img); err != nil {
+	if err := d.m.switchChains(ctx, nil, img); err != nil {
 		return nil, err
 	}
 	if len(img.maybeNodes()) == 0 {
@@ -444,7 +444,7 @@ func (d *domain) endMerge(ctx context.Context, op *operation, img, below *image,
 	if slices.Contains(img.stagedNodes(), run.node) {
 		for _, h := range d.handles(img) {
 			st.Handle = h
-			if err := run.agent.Switch(ctx, []Staging{st}); err != nil {
+			if err := run.agent.Switch(ctx, []Staging{st}, ""); err != nil {
 				return err
 			}
 		}

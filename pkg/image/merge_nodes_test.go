@@ -52,10 +52,12 @@ func (n chainNode) Freeze(context.Context, image.Handle, time.Duration) (image.F
 }
 func (n chainNode) Thaw(context.Context, image.Handle) error      { return nil }
 func (n chainNode) Layers(context.Context, image.Handle) error    { return nil }
-func (n chainNode) Switch(context.Context, []image.Staging) error { return nil }
-func (n chainNode) Release(context.Context, string) error         { return nil }
+func (n chainNode) Hold(context.Context, string) error    { return nil }
+func (n chainNode) Release(context.Context, string) error { return nil }
 
-func (n chainNode) Hold(context.Context, []image.Staging) (string, error) { return "", nil }
+func (n chainNode) Switch(context.Context, []image.Staging, string) error { return nil }
+
+func (n chainNode) Prepare(context.Context, []image.Staging) (string, error) { return "", nil }
 
 var _ image.ChainAgent = chainNode{}
 

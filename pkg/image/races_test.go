@@ -47,7 +47,9 @@ func (n hookedNode) ask(call string, st image.Staging) error {
 	return n.c.hook(call, st)
 }
 
-func (n hookedNode) Switch(_ context.Context, list []image.Staging) error {
+var _ image.ChainAgent = hookedNode{}
+
+func (n hookedNode) Switch(_ context.Context, list []image.Staging, _ string) error {
 	return n.ask("Switch", list[0])
 }
 

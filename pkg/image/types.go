@@ -311,16 +311,21 @@ type ChainAgent interface {
 	// Switch gives the devices of images in use here the chains that the
 	// stagings say, all at one moment: their filesystems are frozen and everything
 	// written before is durable when the first of them goes on. What is not
-	// staged here, or has its chain already, is left alone. fault.Conflict: they
+	// staged here, or has its chain already, is left alone. prepared is what Prepare of the
+	// same stagings returned, or ""; if that is over, it costs nothing but time. fault.Conflict: they
 	// were not all still at one moment.
-	Switch(ctx context.Context, images []Staging) error
-	// Hold is Switch up to the moment that counts: what was written is durable, and I/O
-	// waits until Release, for ten seconds at most. Release of what Hold returned lets
-	// it go on, through the new chains; it does so by itself when the time is up, or the agent
-	// dies. fault.Conflict from Release: it had gone on before. So several nodes switch
-	// at one moment: all hold, then all release, and none had gone on.
-	Hold(ctx context.Context, images []Staging) (hold string, err error)
-	Release(ctx context.Context, hold string) error
+	Switch(ctx context.Context, images []Staging, prepared string) error
+	// Prepare does what a switch can do while the images are in use: it builds the new chains
+	// beside the present ones. Nobody else works on the images on this node until Switch or Release
+	// takes what it returned, for ten seconds at most.
+	Prepare(ctx context.Context, images []Staging) (prepared string, err error)
+	// Hold is what Prepare was for up to the moment that counts: what was written is durable, and I/O
+	// waits until Release, for ten seconds at most. Release lets it go on, through the new
+	// chains; it does so by itself when the time is up, or the agent dies. fault.Conflict from either: it
+	// was over, or had gone on before. So several nodes switch at one moment: all are prepared, then
+	// all hold, then all release, and none had gone on. After Prepare alone Release changes nothing.
+	Hold(ctx context.Context, prepared string) error
+	Release(ctx context.Context, prepared string) error
 	// Merge starts to merge the first slab of a chain into the second, or goes on
 	// with it, and says how far it is. The image is that of the first slab. It
 	// returns at once.

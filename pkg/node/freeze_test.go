@@ -156,28 +156,40 @@ func TestStartingAgentThawsWhatItFinds(t *testing.T) {
 	thawed(t, w.staging(h))
 }
 
-// TestASwitchIsHeldAndReleased: until then nobody else works on the image; released twice,
+// TestASwitchIsPreparedHeldAndReleased: until then nobody else works on the image; released twice,
 // or too late, the moment does not count.
-func TestASwitchIsHeldAndReleased(t *testing.T) {
+func TestASwitchIsPreparedHeldAndReleased(t *testing.T) {
 	w := newWorld(t)
 	h := w.volume("v", 16<<20)
 	w.stage(h, host.Ext4)
 	st, err := w.Stage(bg, h, "n1", 0)
 	w.ok(err)
-	hold, err := w.node.Hold(bg, []image.Staging{st})
+	images := []image.Staging{st}
+	prepared, err := w.node.Prepare(bg, images)
 	w.ok(err)
-	if _, err := w.node.Hold(bg, []image.Staging{st}); !errors.Is(err, fault.Pending) {
-		t.Fatalf("held twice: %v", err)
+	if _, err := w.node.Prepare(bg, images); !errors.Is(err, fault.Pending) {
+		t.Fatalf("prepared twice: %v", err)
 	}
-	w.ok(w.node.Release(bg, hold))
-	w.fails(w.node.Release(bg, hold), fault.Conflict, "10s")
-	w.ok(w.node.Switch(bg, []image.Staging{st})) // it is not locked any more
+	w.ok(w.node.Hold(bg, prepared))
+	w.fails(w.node.Hold(bg, prepared), fault.Conflict) // once
+	w.ok(w.node.Release(bg, prepared))
+	w.fails(w.node.Release(bg, prepared), fault.Conflict, "10s")
+	w.ok(w.node.Switch(bg, images, prepared)) // what is over costs nothing, and the image is not locked any more
+
+	prepared, err = w.node.Prepare(bg, images)
+	w.ok(err)
+	w.ok(w.node.Release(bg, prepared)) // given up
+	prepared, err = w.node.Prepare(bg, images)
+	w.ok(err)
+	w.ok(w.node.Switch(bg, images, prepared))
+	w.fails(w.node.Hold(bg, prepared), fault.Conflict)
 
 	w.node.holdLimit = 10 * time.Millisecond
-	hold, err = w.node.Hold(bg, []image.Staging{st})
+	prepared, err = w.node.Prepare(bg, images)
 	w.ok(err)
-	for errors.Is(w.node.Switch(bg, []image.Staging{st}), fault.Pending) {
+	w.ok(w.node.Hold(bg, prepared))
+	for errors.Is(w.node.Switch(bg, images, ""), fault.Pending) {
 		time.Sleep(time.Millisecond)
 	}
-	w.fails(w.node.Release(bg, hold), fault.Conflict)
+	w.fails(w.node.Release(bg, prepared), fault.Conflict)
 }

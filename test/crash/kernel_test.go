@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -31,7 +32,8 @@ type kernel struct {
 	mu        sync.Mutex
 	tops      map[image.Handle][]image.SlabRef // of what is staged
 	nodes     map[image.Handle]string          // and where
-	held      map[string][]image.Staging       // switches half-way, by what Hold returned
+	ready     map[string][]image.Staging       // switches that are prepared, by what Prepare returned
+	held      map[string][]image.Staging       // those that are held
 	holds     int
 	merging   map[string]bool          // "domain/slab": its layer is being merged
 	merged    map[string]bool          // "domain/slab": its device shows the parent's
@@ -53,7 +55,7 @@ func (k *kernel) admit(st image.Staging) error {
 }
 
 func newKernel(t testing.TB, dirs map[string]string) *kernel {
-	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, nodes: map[image.Handle]string{}, held: map[string][]image.Staging{}, merging: map[string]bool{},
+	return &kernel{t: t, dirs: dirs, tops: map[image.Handle][]image.SlabRef{}, nodes: map[image.Handle]string{}, ready: map[string][]image.Staging{}, held: map[string][]image.Staging{}, merging: map[string]bool{},
 		merged: map[string]bool{}, private: map[string]image.Staging{}, epochs: map[string]int64{}}
 }
 
@@ -62,6 +64,7 @@ func (k *kernel) reboot() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	clear(k.tops)
+	clear(k.ready)
 	clear(k.held)
 	clear(k.merging)
 	clear(k.merged)
@@ -358,34 +361,55 @@ func (a chainAgent) Layers(_ context.Context, h image.Handle) error {
 	return a.call("Layers", h, func() error { return nil })
 }
 
-func (a chainAgent) Switch(_ context.Context, images []image.Staging) error {
+func (a chainAgent) Switch(_ context.Context, images []image.Staging, prepared string) error {
 	if len(images) == 0 {
 		return nil
 	}
 	return a.call("Switch", images[0].Handle, func() error {
+		delete(a.k.ready, prepared)
 		a.k.expire(images)
 		return a.k.change(images, a.node)
 	})
 }
 
-func (a chainAgent) Hold(_ context.Context, images []image.Staging) (hold string, err error) {
-	err = a.call("Hold", images[0].Handle, func() error {
+func (a chainAgent) Prepare(_ context.Context, images []image.Staging) (prepared string, err error) {
+	err = a.call("Prepare", images[0].Handle, func() error {
 		a.k.expire(images)
 		a.k.holds++
-		hold = fmt.Sprint(a.k.holds)
+		prepared = fmt.Sprint(a.k.holds)
 		if err := a.k.changeable(images, a.node); err != nil {
 			return err
 		}
-		a.k.held[hold] = images
+		a.k.ready[prepared] = images
 		return nil
 	})
-	return hold, err
+	return prepared, err
 }
 
-func (a chainAgent) Release(_ context.Context, hold string) error {
-	return a.call("Release", image.Handle{Image: hold}, func() error {
-		images, ok := a.k.held[hold]
-		delete(a.k.held, hold)
+func (a chainAgent) Hold(_ context.Context, prepared string) error {
+	return a.call("Hold", image.Handle{Image: prepared}, func() error {
+		images, ok := a.k.ready[prepared]
+		delete(a.k.ready, prepared)
+		if !ok {
+			return fault.New(fault.Conflict, "it is not prepared any more")
+		}
+		a.k.expire(images)
+		if err := a.k.changeable(images, a.node); err != nil {
+			return err
+		}
+		a.k.held[prepared] = images
+		return nil
+	})
+}
+
+func (a chainAgent) Release(_ context.Context, prepared string) error {
+	return a.call("Release", image.Handle{Image: prepared}, func() error {
+		if _, ok := a.k.ready[prepared]; ok {
+			delete(a.k.ready, prepared)
+			return nil
+		}
+		images, ok := a.k.held[prepared]
+		delete(a.k.held, prepared)
 		if !ok {
 			return fault.New(fault.Conflict, "it is not held any more")
 		}
@@ -396,10 +420,14 @@ func (a chainAgent) Release(_ context.Context, hold string) error {
 // expire ends what is held on the nodes: time has passed, since somebody works on these
 // images, or with nil an agent has died. The caller holds k.mu.
 func (k *kernel) expire(now []image.Staging) {
-	for hold, images := range k.held {
-		if now != nil && !slices.ContainsFunc(images, func(st image.Staging) bool {
+	over := func(images []image.Staging) bool {
+		return now == nil || slices.ContainsFunc(images, func(st image.Staging) bool {
 			return slices.ContainsFunc(now, func(other image.Staging) bool { return other.Handle == st.Handle })
-		}) {
+		})
+	}
+	maps.DeleteFunc(k.ready, func(_ string, images []image.Staging) bool { return over(images) })
+	for hold, images := range k.held {
+		if !over(images) {
 			continue
 		}
 		delete(k.held, hold)

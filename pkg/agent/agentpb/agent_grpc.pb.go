@@ -296,6 +296,7 @@ const (
 	Agent_Staged_FullMethodName       = "/quarry.agent.v1.Agent/Staged"
 	Agent_Layers_FullMethodName       = "/quarry.agent.v1.Agent/Layers"
 	Agent_Switch_FullMethodName       = "/quarry.agent.v1.Agent/Switch"
+	Agent_Prepare_FullMethodName      = "/quarry.agent.v1.Agent/Prepare"
 	Agent_Hold_FullMethodName         = "/quarry.agent.v1.Agent/Hold"
 	Agent_Release_FullMethodName      = "/quarry.agent.v1.Agent/Release"
 	Agent_Merge_FullMethodName        = "/quarry.agent.v1.Agent/Merge"
@@ -329,8 +330,10 @@ type AgentClient interface {
 	Staged(ctx context.Context, in *ImageRequest, opts ...grpc.CallOption) (*StagedResponse, error)
 	Layers(ctx context.Context, in *ImageRequest, opts ...grpc.CallOption) (*LayersResponse, error)
 	Switch(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*SwitchResponse, error)
-	// Hold is Switch up to the moment that counts; Release of what it answered is the rest.
-	Hold(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*HoldResponse, error)
+	// Prepare is what Switch does while the images are in use; Hold goes on to the moment that counts, and
+	// Release is the rest.
+	Prepare(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*PrepareResponse, error)
+	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (*HoldResponse, error)
 	Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error)
 	Merge(ctx context.Context, in *ChainRequest, opts ...grpc.CallOption) (*MergeResponse, error)
 	StopMerge(ctx context.Context, in *ChainRequest, opts ...grpc.CallOption) (*StopMergeResponse, error)
@@ -425,7 +428,17 @@ func (c *agentClient) Switch(ctx context.Context, in *SwitchRequest, opts ...grp
 	return out, nil
 }
 
-func (c *agentClient) Hold(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*HoldResponse, error) {
+func (c *agentClient) Prepare(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*PrepareResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(PrepareResponse)
+	err := c.cc.Invoke(ctx, Agent_Prepare_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (*HoldResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HoldResponse)
 	err := c.cc.Invoke(ctx, Agent_Hold_FullMethodName, in, out, cOpts...)
@@ -630,8 +643,10 @@ type AgentServer interface {
 	Staged(context.Context, *ImageRequest) (*StagedResponse, error)
 	Layers(context.Context, *ImageRequest) (*LayersResponse, error)
 	Switch(context.Context, *SwitchRequest) (*SwitchResponse, error)
-	// Hold is Switch up to the moment that counts; Release of what it answered is the rest.
-	Hold(context.Context, *SwitchRequest) (*HoldResponse, error)
+	// Prepare is what Switch does while the images are in use; Hold goes on to the moment that counts, and
+	// Release is the rest.
+	Prepare(context.Context, *SwitchRequest) (*PrepareResponse, error)
+	Hold(context.Context, *HoldRequest) (*HoldResponse, error)
 	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
 	Merge(context.Context, *ChainRequest) (*MergeResponse, error)
 	StopMerge(context.Context, *ChainRequest) (*StopMergeResponse, error)
@@ -677,7 +692,10 @@ func (UnimplementedAgentServer) Layers(context.Context, *ImageRequest) (*LayersR
 func (UnimplementedAgentServer) Switch(context.Context, *SwitchRequest) (*SwitchResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Switch not implemented")
 }
-func (UnimplementedAgentServer) Hold(context.Context, *SwitchRequest) (*HoldResponse, error) {
+func (UnimplementedAgentServer) Prepare(context.Context, *SwitchRequest) (*PrepareResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Prepare not implemented")
+}
+func (UnimplementedAgentServer) Hold(context.Context, *HoldRequest) (*HoldResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Hold not implemented")
 }
 func (UnimplementedAgentServer) Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error) {
@@ -869,8 +887,26 @@ func _Agent_Switch_Handler(srv interface{}, ctx context.Context, dec func(interf
 	return interceptor(ctx, in, info, handler)
 }
 
-func _Agent_Hold_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+func _Agent_Prepare_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(SwitchRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Prepare(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Prepare_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Prepare(ctx, req.(*SwitchRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_Hold_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(HoldRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
@@ -882,7 +918,7 @@ func _Agent_Hold_Handler(srv interface{}, ctx context.Context, dec func(interfac
 		FullMethod: Agent_Hold_FullMethodName,
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(AgentServer).Hold(ctx, req.(*SwitchRequest))
+		return srv.(AgentServer).Hold(ctx, req.(*HoldRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1134,6 +1170,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Switch",
 			Handler:    _Agent_Switch_Handler,
+		},
+		{
+			MethodName: "Prepare",
+			Handler:    _Agent_Prepare_Handler,
 		},
 		{
 			MethodName: "Hold",
