@@ -71,7 +71,7 @@ func TestAnOlderControllerIsRefused(t *testing.T) {
 		"staged": func(n image.ChainAgent) error { _, err := n.Staged(r.ctx, v.Handle); return err },
 		"layers": func(n image.ChainAgent) error { return n.Layers(r.ctx, v.Handle) },
 		"switch": func(n image.ChainAgent) error {
-			return n.Switch(r.ctx, []image.Staging{{Handle: v.Handle, Domain: "a", Epoch: 1}})
+			return n.Switch(r.ctx, []image.Staging{{Handle: v.Handle, Domain: "a", Epoch: 1}}, "")
 		},
 		"delete slab": func(image.ChainAgent) error { return d.DeleteSlab(r.ctx, v.Slab) },
 		"create tag":  func(image.ChainAgent) error { return d.CreateTag(r.ctx, engine.Tag{Name: "x.y"}) },

@@ -94,8 +94,14 @@ func (p *peer) Prepare(ctx context.Context, images []image.Staging) (string, err
 }
 
 // Hold implements image.ChainAgent.
-func (p *peer) Hold(ctx context.Context, prepared string) error {
-	_, err := p.rpc.Hold(ctx, &agentpb.HoldRequest{Prepared: prepared})
+func (p *peer) Hold(ctx context.Context, images []image.Staging, prepared string) error {
+	ctx, err := p.about(ctx, images...)
+	if err != nil {
+		return err
+	}
+	r := switchRequest(images)
+	r.Prepared = prepared
+	_, err = p.rpc.Hold(ctx, r)
 	return rpcfault.FromStatus(err)
 }
 

@@ -82,8 +82,8 @@ func (s *service) Prepare(ctx context.Context, r *agentpb.SwitchRequest) (*agent
 	return &agentpb.PrepareResponse{Prepared: prepared}, err
 }
 
-func (s *service) Hold(ctx context.Context, r *agentpb.HoldRequest) (*agentpb.HoldResponse, error) {
-	return &agentpb.HoldResponse{}, s.node.Hold(ctx, r.GetPrepared())
+func (s *service) Hold(ctx context.Context, r *agentpb.SwitchRequest) (*agentpb.HoldResponse, error) {
+	return &agentpb.HoldResponse{}, s.node.Hold(ctx, fromSwitch(r), r.GetPrepared())
 }
 
 func (s *service) Release(ctx context.Context, r *agentpb.ReleaseRequest) (*agentpb.ReleaseResponse, error) {

@@ -289,9 +289,9 @@ func (l *layering) Agent(node string) (image.Agent, error) {
 	return l, nil
 }
 
-func (l *layering) Layers(context.Context, image.Handle) error    { return nil }
-func (l *layering) Hold(context.Context, string) error    { return nil }
-func (l *layering) Release(context.Context, string) error { return nil }
+func (l *layering) Layers(context.Context, image.Handle) error          { return nil }
+func (l *layering) Hold(context.Context, []image.Staging, string) error { return nil }
+func (l *layering) Release(context.Context, string) error               { return nil }
 
 func (l *layering) Switch(context.Context, []image.Staging, string) error { return nil }
 

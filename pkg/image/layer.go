@@ -284,7 +284,7 @@ func holdAll(ctx context.Context, agents map[string]ChainAgent, byNode map[strin
 		return err
 	})
 	if len(errs) == 0 {
-		each(func(n string, agent ChainAgent) error { return agent.Hold(ctx, ready[n]) })
+		each(func(n string, agent ChainAgent) error { return agent.Hold(ctx, byNode[n], ready[n]) })
 	}
 	ctx = context.WithoutCancel(ctx) // what is held is released whatever happens
 	each(func(n string, agent ChainAgent) error {

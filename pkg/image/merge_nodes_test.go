@@ -50,10 +50,10 @@ type chainNode struct {
 func (n chainNode) Freeze(context.Context, image.Handle, time.Duration) (image.Frozen, error) {
 	return image.NotStaged, nil
 }
-func (n chainNode) Thaw(context.Context, image.Handle) error      { return nil }
-func (n chainNode) Layers(context.Context, image.Handle) error    { return nil }
-func (n chainNode) Hold(context.Context, string) error    { return nil }
-func (n chainNode) Release(context.Context, string) error { return nil }
+func (n chainNode) Thaw(context.Context, image.Handle) error            { return nil }
+func (n chainNode) Layers(context.Context, image.Handle) error          { return nil }
+func (n chainNode) Hold(context.Context, []image.Staging, string) error { return nil }
+func (n chainNode) Release(context.Context, string) error               { return nil }
 
 func (n chainNode) Switch(context.Context, []image.Staging, string) error { return nil }
 

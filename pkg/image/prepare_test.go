@@ -62,7 +62,7 @@ func (n switchingNode) Switch(_ context.Context, images []image.Staging, prepare
 	return nil
 }
 
-func (n switchingNode) Hold(_ context.Context, prepared string) error {
+func (n switchingNode) Hold(_ context.Context, _ []image.Staging, prepared string) error {
 	n.call("hold " + prepared)
 	return nil
 }

@@ -319,12 +319,12 @@ type ChainAgent interface {
 	// beside the present ones. Nobody else works on the images on this node until Switch or Release
 	// takes what it returned, for ten seconds at most.
 	Prepare(ctx context.Context, images []Staging) (prepared string, err error)
-	// Hold is what Prepare was for up to the moment that counts: what was written is durable, and I/O
+	// Hold, of the same images, is what Prepare was for up to the moment that counts: what was written is durable, and I/O
 	// waits until Release, for ten seconds at most. Release lets it go on, through the new
 	// chains; it does so by itself when the time is up, or the agent dies. fault.Conflict from either: it
 	// was over, or had gone on before. So several nodes switch at one moment: all are prepared, then
 	// all hold, then all release, and none had gone on. After Prepare alone Release changes nothing.
-	Hold(ctx context.Context, prepared string) error
+	Hold(ctx context.Context, images []Staging, prepared string) error
 	Release(ctx context.Context, prepared string) error
 	// Merge starts to merge the first slab of a chain into the second, or goes on
 	// with it, and says how far it is. The image is that of the first slab. It

@@ -170,8 +170,8 @@ func TestASwitchIsPreparedHeldAndReleased(t *testing.T) {
 	if _, err := w.node.Prepare(bg, images); !errors.Is(err, fault.Pending) {
 		t.Fatalf("prepared twice: %v", err)
 	}
-	w.ok(w.node.Hold(bg, prepared))
-	w.fails(w.node.Hold(bg, prepared), fault.Conflict) // once
+	w.ok(w.node.Hold(bg, images, prepared))
+	w.fails(w.node.Hold(bg, images, prepared), fault.Conflict) // once
 	w.ok(w.node.Release(bg, prepared))
 	w.fails(w.node.Release(bg, prepared), fault.Conflict, "10s")
 	w.ok(w.node.Switch(bg, images, prepared)) // what is over costs nothing, and the image is not locked any more
@@ -182,12 +182,12 @@ func TestASwitchIsPreparedHeldAndReleased(t *testing.T) {
 	prepared, err = w.node.Prepare(bg, images)
 	w.ok(err)
 	w.ok(w.node.Switch(bg, images, prepared))
-	w.fails(w.node.Hold(bg, prepared), fault.Conflict)
+	w.fails(w.node.Hold(bg, images, prepared), fault.Conflict)
 
 	w.node.holdLimit = 10 * time.Millisecond
 	prepared, err = w.node.Prepare(bg, images)
 	w.ok(err)
-	w.ok(w.node.Hold(bg, prepared))
+	w.ok(w.node.Hold(bg, images, prepared))
 	for errors.Is(w.node.Switch(bg, images, ""), fault.Pending) {
 		time.Sleep(time.Millisecond)
 	}

@@ -45,9 +45,9 @@ func (n *Node) Prepare(ctx context.Context, images []image.Staging) (string, err
 }
 
 // Hold implements image.ChainAgent.
-func (n *Node) Hold(ctx context.Context, prepared string) error {
+func (n *Node) Hold(ctx context.Context, images []image.Staging, prepared string) error {
 	h := n.taken(prepared)
-	if h == nil || h.held {
+	if h == nil || h.held || !h.of(images) {
 		if h != nil {
 			n.keep(ctx, prepared, h)
 		}

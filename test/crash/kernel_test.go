@@ -386,7 +386,7 @@ func (a chainAgent) Prepare(_ context.Context, images []image.Staging) (prepared
 	return prepared, err
 }
 
-func (a chainAgent) Hold(_ context.Context, prepared string) error {
+func (a chainAgent) Hold(_ context.Context, _ []image.Staging, prepared string) error {
 	return a.call("Hold", image.Handle{Image: prepared}, func() error {
 		images, ok := a.k.ready[prepared]
 		delete(a.k.ready, prepared)

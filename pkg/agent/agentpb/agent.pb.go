@@ -1399,7 +1399,7 @@ func (*LayersResponse) Descriptor() ([]byte, []int) {
 type SwitchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Images        []*Staging             `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
-	Prepared      string                 `protobuf:"bytes,2,opt,name=prepared,proto3" json:"prepared,omitempty"` // of Switch: what Prepare answered, or ""
+	Prepared      string                 `protobuf:"bytes,2,opt,name=prepared,proto3" json:"prepared,omitempty"` // of Hold, and where it is not "" of Switch: what Prepare answered
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1528,50 +1528,6 @@ func (x *PrepareResponse) GetPrepared() string {
 	return ""
 }
 
-type HoldRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Prepared      string                 `protobuf:"bytes,1,opt,name=prepared,proto3" json:"prepared,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *HoldRequest) Reset() {
-	*x = HoldRequest{}
-	mi := &file_agent_proto_msgTypes[29]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *HoldRequest) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*HoldRequest) ProtoMessage() {}
-
-func (x *HoldRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use HoldRequest.ProtoReflect.Descriptor instead.
-func (*HoldRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
-}
-
-func (x *HoldRequest) GetPrepared() string {
-	if x != nil {
-		return x.Prepared
-	}
-	return ""
-}
-
 type HoldResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -1580,7 +1536,7 @@ type HoldResponse struct {
 
 func (x *HoldResponse) Reset() {
 	*x = HoldResponse{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1592,7 +1548,7 @@ func (x *HoldResponse) String() string {
 func (*HoldResponse) ProtoMessage() {}
 
 func (x *HoldResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1605,7 +1561,7 @@ func (x *HoldResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldResponse.ProtoReflect.Descriptor instead.
 func (*HoldResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type ReleaseRequest struct {
@@ -1617,7 +1573,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1629,7 +1585,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1642,7 +1598,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ReleaseRequest) GetPrepared() string {
@@ -1660,7 +1616,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1672,7 +1628,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1685,7 +1641,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 type ChainRequest struct {
@@ -1697,7 +1653,7 @@ type ChainRequest struct {
 
 func (x *ChainRequest) Reset() {
 	*x = ChainRequest{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1709,7 +1665,7 @@ func (x *ChainRequest) String() string {
 func (*ChainRequest) ProtoMessage() {}
 
 func (x *ChainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1722,7 +1678,7 @@ func (x *ChainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChainRequest.ProtoReflect.Descriptor instead.
 func (*ChainRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ChainRequest) GetChain() *Staging {
@@ -1742,7 +1698,7 @@ type MergeResponse struct {
 
 func (x *MergeResponse) Reset() {
 	*x = MergeResponse{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1754,7 +1710,7 @@ func (x *MergeResponse) String() string {
 func (*MergeResponse) ProtoMessage() {}
 
 func (x *MergeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1767,7 +1723,7 @@ func (x *MergeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeResponse.ProtoReflect.Descriptor instead.
 func (*MergeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *MergeResponse) GetLeft() int64 {
@@ -1792,7 +1748,7 @@ type StopMergeResponse struct {
 
 func (x *StopMergeResponse) Reset() {
 	*x = StopMergeResponse{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1804,7 +1760,7 @@ func (x *StopMergeResponse) String() string {
 func (*StopMergeResponse) ProtoMessage() {}
 
 func (x *StopMergeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1817,7 +1773,7 @@ func (x *StopMergeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMergeResponse.ProtoReflect.Descriptor instead.
 func (*StopMergeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 // Place is image.Place.
@@ -1831,7 +1787,7 @@ type Place struct {
 
 func (x *Place) Reset() {
 	*x = Place{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1843,7 +1799,7 @@ func (x *Place) String() string {
 func (*Place) ProtoMessage() {}
 
 func (x *Place) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1856,7 +1812,7 @@ func (x *Place) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Place.ProtoReflect.Descriptor instead.
 func (*Place) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *Place) GetDomain() string {
@@ -1886,7 +1842,7 @@ type Content struct {
 
 func (x *Content) Reset() {
 	*x = Content{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1898,7 +1854,7 @@ func (x *Content) String() string {
 func (*Content) ProtoMessage() {}
 
 func (x *Content) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1911,7 +1867,7 @@ func (x *Content) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Content.ProtoReflect.Descriptor instead.
 func (*Content) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *Content) GetPlace() *Place {
@@ -1953,7 +1909,7 @@ type CopyBlockRequest struct {
 
 func (x *CopyBlockRequest) Reset() {
 	*x = CopyBlockRequest{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1965,7 +1921,7 @@ func (x *CopyBlockRequest) String() string {
 func (*CopyBlockRequest) ProtoMessage() {}
 
 func (x *CopyBlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1978,7 +1934,7 @@ func (x *CopyBlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyBlockRequest.ProtoReflect.Descriptor instead.
 func (*CopyBlockRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *CopyBlockRequest) GetBegin() *CopyBlockBegin {
@@ -2011,7 +1967,7 @@ type CopyBlockBegin struct {
 
 func (x *CopyBlockBegin) Reset() {
 	*x = CopyBlockBegin{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2023,7 +1979,7 @@ func (x *CopyBlockBegin) String() string {
 func (*CopyBlockBegin) ProtoMessage() {}
 
 func (x *CopyBlockBegin) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2036,7 +1992,7 @@ func (x *CopyBlockBegin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyBlockBegin.ProtoReflect.Descriptor instead.
 func (*CopyBlockBegin) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *CopyBlockBegin) GetSource() *Content {
@@ -2101,7 +2057,7 @@ type CopyBlockResponse struct {
 
 func (x *CopyBlockResponse) Reset() {
 	*x = CopyBlockResponse{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2113,7 +2069,7 @@ func (x *CopyBlockResponse) String() string {
 func (*CopyBlockResponse) ProtoMessage() {}
 
 func (x *CopyBlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2126,7 +2082,7 @@ func (x *CopyBlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyBlockResponse.ProtoReflect.Descriptor instead.
 func (*CopyBlockResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CopyBlockResponse) GetDone() int64 {
@@ -2167,7 +2123,7 @@ type CopyTreeRequest struct {
 
 func (x *CopyTreeRequest) Reset() {
 	*x = CopyTreeRequest{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2179,7 +2135,7 @@ func (x *CopyTreeRequest) String() string {
 func (*CopyTreeRequest) ProtoMessage() {}
 
 func (x *CopyTreeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2192,7 +2148,7 @@ func (x *CopyTreeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyTreeRequest.ProtoReflect.Descriptor instead.
 func (*CopyTreeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CopyTreeRequest) GetSource() *Content {
@@ -2219,7 +2175,7 @@ type CopyTreeResponse struct {
 
 func (x *CopyTreeResponse) Reset() {
 	*x = CopyTreeResponse{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2231,7 +2187,7 @@ func (x *CopyTreeResponse) String() string {
 func (*CopyTreeResponse) ProtoMessage() {}
 
 func (x *CopyTreeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2244,7 +2200,7 @@ func (x *CopyTreeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyTreeResponse.ProtoReflect.Descriptor instead.
 func (*CopyTreeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CopyTreeResponse) GetDone() int64 {
@@ -2272,7 +2228,7 @@ type ZeroRequest struct {
 
 func (x *ZeroRequest) Reset() {
 	*x = ZeroRequest{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2284,7 +2240,7 @@ func (x *ZeroRequest) String() string {
 func (*ZeroRequest) ProtoMessage() {}
 
 func (x *ZeroRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2297,7 +2253,7 @@ func (x *ZeroRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRequest.ProtoReflect.Descriptor instead.
 func (*ZeroRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ZeroRequest) GetPlace() *Place {
@@ -2329,7 +2285,7 @@ type ZeroResponse struct {
 
 func (x *ZeroResponse) Reset() {
 	*x = ZeroResponse{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2341,7 +2297,7 @@ func (x *ZeroResponse) String() string {
 func (*ZeroResponse) ProtoMessage() {}
 
 func (x *ZeroResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2354,7 +2310,7 @@ func (x *ZeroResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroResponse.ProtoReflect.Descriptor instead.
 func (*ZeroResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 type FormatLayerRequest struct {
@@ -2368,7 +2324,7 @@ type FormatLayerRequest struct {
 
 func (x *FormatLayerRequest) Reset() {
 	*x = FormatLayerRequest{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2380,7 +2336,7 @@ func (x *FormatLayerRequest) String() string {
 func (*FormatLayerRequest) ProtoMessage() {}
 
 func (x *FormatLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2393,7 +2349,7 @@ func (x *FormatLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FormatLayerRequest.ProtoReflect.Descriptor instead.
 func (*FormatLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *FormatLayerRequest) GetPlace() *Place {
@@ -2425,7 +2381,7 @@ type FormatLayerResponse struct {
 
 func (x *FormatLayerResponse) Reset() {
 	*x = FormatLayerResponse{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2437,7 +2393,7 @@ func (x *FormatLayerResponse) String() string {
 func (*FormatLayerResponse) ProtoMessage() {}
 
 func (x *FormatLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2450,7 +2406,7 @@ func (x *FormatLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FormatLayerResponse.ProtoReflect.Descriptor instead.
 func (*FormatLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 type AllocateRequest struct {
@@ -2463,7 +2419,7 @@ type AllocateRequest struct {
 
 func (x *AllocateRequest) Reset() {
 	*x = AllocateRequest{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2475,7 +2431,7 @@ func (x *AllocateRequest) String() string {
 func (*AllocateRequest) ProtoMessage() {}
 
 func (x *AllocateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2488,7 +2444,7 @@ func (x *AllocateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocateRequest.ProtoReflect.Descriptor instead.
 func (*AllocateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *AllocateRequest) GetPlace() *Place {
@@ -2513,7 +2469,7 @@ type AllocateResponse struct {
 
 func (x *AllocateResponse) Reset() {
 	*x = AllocateResponse{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2525,7 +2481,7 @@ func (x *AllocateResponse) String() string {
 func (*AllocateResponse) ProtoMessage() {}
 
 func (x *AllocateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2538,7 +2494,7 @@ func (x *AllocateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocateResponse.ProtoReflect.Descriptor instead.
 func (*AllocateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type TrimLayerRequest struct {
@@ -2551,7 +2507,7 @@ type TrimLayerRequest struct {
 
 func (x *TrimLayerRequest) Reset() {
 	*x = TrimLayerRequest{}
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2563,7 +2519,7 @@ func (x *TrimLayerRequest) String() string {
 func (*TrimLayerRequest) ProtoMessage() {}
 
 func (x *TrimLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2576,7 +2532,7 @@ func (x *TrimLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimLayerRequest.ProtoReflect.Descriptor instead.
 func (*TrimLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *TrimLayerRequest) GetPlace() *Place {
@@ -2601,7 +2557,7 @@ type TrimLayerResponse struct {
 
 func (x *TrimLayerResponse) Reset() {
 	*x = TrimLayerResponse{}
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2613,7 +2569,7 @@ func (x *TrimLayerResponse) String() string {
 func (*TrimLayerResponse) ProtoMessage() {}
 
 func (x *TrimLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2626,7 +2582,7 @@ func (x *TrimLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimLayerResponse.ProtoReflect.Descriptor instead.
 func (*TrimLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 type CheckLayerRequest struct {
@@ -2638,7 +2594,7 @@ type CheckLayerRequest struct {
 
 func (x *CheckLayerRequest) Reset() {
 	*x = CheckLayerRequest{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2650,7 +2606,7 @@ func (x *CheckLayerRequest) String() string {
 func (*CheckLayerRequest) ProtoMessage() {}
 
 func (x *CheckLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2663,7 +2619,7 @@ func (x *CheckLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLayerRequest.ProtoReflect.Descriptor instead.
 func (*CheckLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *CheckLayerRequest) GetPlace() *Place {
@@ -2684,7 +2640,7 @@ type CheckLayerResponse struct {
 
 func (x *CheckLayerResponse) Reset() {
 	*x = CheckLayerResponse{}
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2696,7 +2652,7 @@ func (x *CheckLayerResponse) String() string {
 func (*CheckLayerResponse) ProtoMessage() {}
 
 func (x *CheckLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2709,7 +2665,7 @@ func (x *CheckLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLayerResponse.ProtoReflect.Descriptor instead.
 func (*CheckLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 func (x *CheckLayerResponse) GetLooked() bool {
@@ -2729,7 +2685,7 @@ type RepairLayerRequest struct {
 
 func (x *RepairLayerRequest) Reset() {
 	*x = RepairLayerRequest{}
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2741,7 +2697,7 @@ func (x *RepairLayerRequest) String() string {
 func (*RepairLayerRequest) ProtoMessage() {}
 
 func (x *RepairLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2754,7 +2710,7 @@ func (x *RepairLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairLayerRequest.ProtoReflect.Descriptor instead.
 func (*RepairLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *RepairLayerRequest) GetPlace() *Place {
@@ -2780,7 +2736,7 @@ type RepairLayerResponse struct {
 
 func (x *RepairLayerResponse) Reset() {
 	*x = RepairLayerResponse{}
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2792,7 +2748,7 @@ func (x *RepairLayerResponse) String() string {
 func (*RepairLayerResponse) ProtoMessage() {}
 
 func (x *RepairLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2805,7 +2761,7 @@ func (x *RepairLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairLayerResponse.ProtoReflect.Descriptor instead.
 func (*RepairLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *RepairLayerResponse) GetChunks() int64 {
@@ -2825,7 +2781,7 @@ type ExtentsRequest struct {
 
 func (x *ExtentsRequest) Reset() {
 	*x = ExtentsRequest{}
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2837,7 +2793,7 @@ func (x *ExtentsRequest) String() string {
 func (*ExtentsRequest) ProtoMessage() {}
 
 func (x *ExtentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2850,7 +2806,7 @@ func (x *ExtentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExtentsRequest.ProtoReflect.Descriptor instead.
 func (*ExtentsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *ExtentsRequest) GetPlace() *Place {
@@ -2877,7 +2833,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2889,7 +2845,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2902,7 +2858,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -2928,7 +2884,7 @@ type ExtentsResponse struct {
 
 func (x *ExtentsResponse) Reset() {
 	*x = ExtentsResponse{}
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2940,7 +2896,7 @@ func (x *ExtentsResponse) String() string {
 func (*ExtentsResponse) ProtoMessage() {}
 
 func (x *ExtentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2953,7 +2909,7 @@ func (x *ExtentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExtentsResponse.ProtoReflect.Descriptor instead.
 func (*ExtentsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ExtentsResponse) GetExtents() []*Extent {
@@ -2974,7 +2930,7 @@ type CompareRequest struct {
 
 func (x *CompareRequest) Reset() {
 	*x = CompareRequest{}
-	mi := &file_agent_proto_msgTypes[58]
+	mi := &file_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2986,7 +2942,7 @@ func (x *CompareRequest) String() string {
 func (*CompareRequest) ProtoMessage() {}
 
 func (x *CompareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[58]
+	mi := &file_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2999,7 +2955,7 @@ func (x *CompareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompareRequest.ProtoReflect.Descriptor instead.
 func (*CompareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{58}
+	return file_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *CompareRequest) GetA() *Content {
@@ -3118,8 +3074,6 @@ const file_agent_proto_rawDesc = "" +
 	"\bprepared\x18\x02 \x01(\tR\bprepared\"\x10\n" +
 	"\x0eSwitchResponse\"-\n" +
 	"\x0fPrepareResponse\x12\x1a\n" +
-	"\bprepared\x18\x01 \x01(\tR\bprepared\")\n" +
-	"\vHoldRequest\x12\x1a\n" +
 	"\bprepared\x18\x01 \x01(\tR\bprepared\"\x0e\n" +
 	"\fHoldResponse\",\n" +
 	"\x0eReleaseRequest\x12\x1a\n" +
@@ -3208,7 +3162,7 @@ const file_agent_proto_rawDesc = "" +
 	"\tFormatted\x12!.quarry.agent.v1.FormattedRequest\x1a\".quarry.agent.v1.FormattedResponse\x12F\n" +
 	"\x05Built\x12\x1d.quarry.agent.v1.BuiltRequest\x1a\x1e.quarry.agent.v1.BuiltResponse\x12L\n" +
 	"\aOutline\x12\x1f.quarry.agent.v1.OutlineRequest\x1a .quarry.agent.v1.OutlineResponse\x12O\n" +
-	"\bUnstaged\x12 .quarry.agent.v1.UnstagedRequest\x1a!.quarry.agent.v1.UnstagedResponse2\x9b\x0e\n" +
+	"\bUnstaged\x12 .quarry.agent.v1.UnstagedRequest\x1a!.quarry.agent.v1.UnstagedResponse2\x9d\x0e\n" +
 	"\x05Agent\x12F\n" +
 	"\x05Adopt\x12\x1d.quarry.agent.v1.AdoptRequest\x1a\x1e.quarry.agent.v1.AdoptResponse\x12I\n" +
 	"\x06Settle\x12\x1e.quarry.agent.v1.SettleRequest\x1a\x1f.quarry.agent.v1.SettleResponse\x12I\n" +
@@ -3217,8 +3171,8 @@ const file_agent_proto_rawDesc = "" +
 	"\x06Staged\x12\x1d.quarry.agent.v1.ImageRequest\x1a\x1f.quarry.agent.v1.StagedResponse\x12H\n" +
 	"\x06Layers\x12\x1d.quarry.agent.v1.ImageRequest\x1a\x1f.quarry.agent.v1.LayersResponse\x12I\n" +
 	"\x06Switch\x12\x1e.quarry.agent.v1.SwitchRequest\x1a\x1f.quarry.agent.v1.SwitchResponse\x12K\n" +
-	"\aPrepare\x12\x1e.quarry.agent.v1.SwitchRequest\x1a .quarry.agent.v1.PrepareResponse\x12C\n" +
-	"\x04Hold\x12\x1c.quarry.agent.v1.HoldRequest\x1a\x1d.quarry.agent.v1.HoldResponse\x12L\n" +
+	"\aPrepare\x12\x1e.quarry.agent.v1.SwitchRequest\x1a .quarry.agent.v1.PrepareResponse\x12E\n" +
+	"\x04Hold\x12\x1e.quarry.agent.v1.SwitchRequest\x1a\x1d.quarry.agent.v1.HoldResponse\x12L\n" +
 	"\aRelease\x12\x1f.quarry.agent.v1.ReleaseRequest\x1a .quarry.agent.v1.ReleaseResponse\x12F\n" +
 	"\x05Merge\x12\x1d.quarry.agent.v1.ChainRequest\x1a\x1e.quarry.agent.v1.MergeResponse\x12N\n" +
 	"\tStopMerge\x12\x1d.quarry.agent.v1.ChainRequest\x1a\".quarry.agent.v1.StopMergeResponse\x12V\n" +
@@ -3247,7 +3201,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 59)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),               // 0: quarry.agent.v1.Hello
 	(*Welcome)(nil),             // 1: quarry.agent.v1.Welcome
@@ -3278,36 +3232,35 @@ var file_agent_proto_goTypes = []any{
 	(*SwitchRequest)(nil),       // 26: quarry.agent.v1.SwitchRequest
 	(*SwitchResponse)(nil),      // 27: quarry.agent.v1.SwitchResponse
 	(*PrepareResponse)(nil),     // 28: quarry.agent.v1.PrepareResponse
-	(*HoldRequest)(nil),         // 29: quarry.agent.v1.HoldRequest
-	(*HoldResponse)(nil),        // 30: quarry.agent.v1.HoldResponse
-	(*ReleaseRequest)(nil),      // 31: quarry.agent.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),     // 32: quarry.agent.v1.ReleaseResponse
-	(*ChainRequest)(nil),        // 33: quarry.agent.v1.ChainRequest
-	(*MergeResponse)(nil),       // 34: quarry.agent.v1.MergeResponse
-	(*StopMergeResponse)(nil),   // 35: quarry.agent.v1.StopMergeResponse
-	(*Place)(nil),               // 36: quarry.agent.v1.Place
-	(*Content)(nil),             // 37: quarry.agent.v1.Content
-	(*CopyBlockRequest)(nil),    // 38: quarry.agent.v1.CopyBlockRequest
-	(*CopyBlockBegin)(nil),      // 39: quarry.agent.v1.CopyBlockBegin
-	(*CopyBlockResponse)(nil),   // 40: quarry.agent.v1.CopyBlockResponse
-	(*CopyTreeRequest)(nil),     // 41: quarry.agent.v1.CopyTreeRequest
-	(*CopyTreeResponse)(nil),    // 42: quarry.agent.v1.CopyTreeResponse
-	(*ZeroRequest)(nil),         // 43: quarry.agent.v1.ZeroRequest
-	(*ZeroResponse)(nil),        // 44: quarry.agent.v1.ZeroResponse
-	(*FormatLayerRequest)(nil),  // 45: quarry.agent.v1.FormatLayerRequest
-	(*FormatLayerResponse)(nil), // 46: quarry.agent.v1.FormatLayerResponse
-	(*AllocateRequest)(nil),     // 47: quarry.agent.v1.AllocateRequest
-	(*AllocateResponse)(nil),    // 48: quarry.agent.v1.AllocateResponse
-	(*TrimLayerRequest)(nil),    // 49: quarry.agent.v1.TrimLayerRequest
-	(*TrimLayerResponse)(nil),   // 50: quarry.agent.v1.TrimLayerResponse
-	(*CheckLayerRequest)(nil),   // 51: quarry.agent.v1.CheckLayerRequest
-	(*CheckLayerResponse)(nil),  // 52: quarry.agent.v1.CheckLayerResponse
-	(*RepairLayerRequest)(nil),  // 53: quarry.agent.v1.RepairLayerRequest
-	(*RepairLayerResponse)(nil), // 54: quarry.agent.v1.RepairLayerResponse
-	(*ExtentsRequest)(nil),      // 55: quarry.agent.v1.ExtentsRequest
-	(*Extent)(nil),              // 56: quarry.agent.v1.Extent
-	(*ExtentsResponse)(nil),     // 57: quarry.agent.v1.ExtentsResponse
-	(*CompareRequest)(nil),      // 58: quarry.agent.v1.CompareRequest
+	(*HoldResponse)(nil),        // 29: quarry.agent.v1.HoldResponse
+	(*ReleaseRequest)(nil),      // 30: quarry.agent.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),     // 31: quarry.agent.v1.ReleaseResponse
+	(*ChainRequest)(nil),        // 32: quarry.agent.v1.ChainRequest
+	(*MergeResponse)(nil),       // 33: quarry.agent.v1.MergeResponse
+	(*StopMergeResponse)(nil),   // 34: quarry.agent.v1.StopMergeResponse
+	(*Place)(nil),               // 35: quarry.agent.v1.Place
+	(*Content)(nil),             // 36: quarry.agent.v1.Content
+	(*CopyBlockRequest)(nil),    // 37: quarry.agent.v1.CopyBlockRequest
+	(*CopyBlockBegin)(nil),      // 38: quarry.agent.v1.CopyBlockBegin
+	(*CopyBlockResponse)(nil),   // 39: quarry.agent.v1.CopyBlockResponse
+	(*CopyTreeRequest)(nil),     // 40: quarry.agent.v1.CopyTreeRequest
+	(*CopyTreeResponse)(nil),    // 41: quarry.agent.v1.CopyTreeResponse
+	(*ZeroRequest)(nil),         // 42: quarry.agent.v1.ZeroRequest
+	(*ZeroResponse)(nil),        // 43: quarry.agent.v1.ZeroResponse
+	(*FormatLayerRequest)(nil),  // 44: quarry.agent.v1.FormatLayerRequest
+	(*FormatLayerResponse)(nil), // 45: quarry.agent.v1.FormatLayerResponse
+	(*AllocateRequest)(nil),     // 46: quarry.agent.v1.AllocateRequest
+	(*AllocateResponse)(nil),    // 47: quarry.agent.v1.AllocateResponse
+	(*TrimLayerRequest)(nil),    // 48: quarry.agent.v1.TrimLayerRequest
+	(*TrimLayerResponse)(nil),   // 49: quarry.agent.v1.TrimLayerResponse
+	(*CheckLayerRequest)(nil),   // 50: quarry.agent.v1.CheckLayerRequest
+	(*CheckLayerResponse)(nil),  // 51: quarry.agent.v1.CheckLayerResponse
+	(*RepairLayerRequest)(nil),  // 52: quarry.agent.v1.RepairLayerRequest
+	(*RepairLayerResponse)(nil), // 53: quarry.agent.v1.RepairLayerResponse
+	(*ExtentsRequest)(nil),      // 54: quarry.agent.v1.ExtentsRequest
+	(*Extent)(nil),              // 55: quarry.agent.v1.Extent
+	(*ExtentsResponse)(nil),     // 56: quarry.agent.v1.ExtentsResponse
+	(*CompareRequest)(nil),      // 57: quarry.agent.v1.CompareRequest
 }
 var file_agent_proto_depIdxs = []int32{
 	2,  // 0: quarry.agent.v1.Staging.handle:type_name -> quarry.agent.v1.Handle
@@ -3320,29 +3273,29 @@ var file_agent_proto_depIdxs = []int32{
 	3,  // 7: quarry.agent.v1.OutlineResponse.slabs:type_name -> quarry.agent.v1.SlabRef
 	2,  // 8: quarry.agent.v1.UnstagedRequest.handle:type_name -> quarry.agent.v1.Handle
 	16, // 9: quarry.agent.v1.AdoptRequest.domains:type_name -> quarry.agent.v1.Adopted
-	36, // 10: quarry.agent.v1.SettleRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 10: quarry.agent.v1.SettleRequest.place:type_name -> quarry.agent.v1.Place
 	2,  // 11: quarry.agent.v1.ImageRequest.handle:type_name -> quarry.agent.v1.Handle
 	2,  // 12: quarry.agent.v1.FreezeRequest.handle:type_name -> quarry.agent.v1.Handle
 	4,  // 13: quarry.agent.v1.SwitchRequest.images:type_name -> quarry.agent.v1.Staging
 	4,  // 14: quarry.agent.v1.ChainRequest.chain:type_name -> quarry.agent.v1.Staging
-	36, // 15: quarry.agent.v1.Content.place:type_name -> quarry.agent.v1.Place
+	35, // 15: quarry.agent.v1.Content.place:type_name -> quarry.agent.v1.Place
 	4,  // 16: quarry.agent.v1.Content.chain:type_name -> quarry.agent.v1.Staging
-	39, // 17: quarry.agent.v1.CopyBlockRequest.begin:type_name -> quarry.agent.v1.CopyBlockBegin
-	37, // 18: quarry.agent.v1.CopyBlockBegin.source:type_name -> quarry.agent.v1.Content
-	36, // 19: quarry.agent.v1.CopyBlockBegin.target:type_name -> quarry.agent.v1.Place
-	37, // 20: quarry.agent.v1.CopyTreeRequest.source:type_name -> quarry.agent.v1.Content
-	36, // 21: quarry.agent.v1.CopyTreeRequest.target:type_name -> quarry.agent.v1.Place
-	36, // 22: quarry.agent.v1.ZeroRequest.place:type_name -> quarry.agent.v1.Place
-	36, // 23: quarry.agent.v1.FormatLayerRequest.place:type_name -> quarry.agent.v1.Place
-	36, // 24: quarry.agent.v1.AllocateRequest.place:type_name -> quarry.agent.v1.Place
-	36, // 25: quarry.agent.v1.TrimLayerRequest.place:type_name -> quarry.agent.v1.Place
-	36, // 26: quarry.agent.v1.CheckLayerRequest.place:type_name -> quarry.agent.v1.Place
-	36, // 27: quarry.agent.v1.RepairLayerRequest.place:type_name -> quarry.agent.v1.Place
-	36, // 28: quarry.agent.v1.ExtentsRequest.place:type_name -> quarry.agent.v1.Place
-	56, // 29: quarry.agent.v1.ExtentsResponse.extents:type_name -> quarry.agent.v1.Extent
-	37, // 30: quarry.agent.v1.CompareRequest.a:type_name -> quarry.agent.v1.Content
-	37, // 31: quarry.agent.v1.CompareRequest.b:type_name -> quarry.agent.v1.Content
-	56, // 32: quarry.agent.v1.CompareRequest.ranges:type_name -> quarry.agent.v1.Extent
+	38, // 17: quarry.agent.v1.CopyBlockRequest.begin:type_name -> quarry.agent.v1.CopyBlockBegin
+	36, // 18: quarry.agent.v1.CopyBlockBegin.source:type_name -> quarry.agent.v1.Content
+	35, // 19: quarry.agent.v1.CopyBlockBegin.target:type_name -> quarry.agent.v1.Place
+	36, // 20: quarry.agent.v1.CopyTreeRequest.source:type_name -> quarry.agent.v1.Content
+	35, // 21: quarry.agent.v1.CopyTreeRequest.target:type_name -> quarry.agent.v1.Place
+	35, // 22: quarry.agent.v1.ZeroRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 23: quarry.agent.v1.FormatLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 24: quarry.agent.v1.AllocateRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 25: quarry.agent.v1.TrimLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 26: quarry.agent.v1.CheckLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 27: quarry.agent.v1.RepairLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 28: quarry.agent.v1.ExtentsRequest.place:type_name -> quarry.agent.v1.Place
+	55, // 29: quarry.agent.v1.ExtentsResponse.extents:type_name -> quarry.agent.v1.Extent
+	36, // 30: quarry.agent.v1.CompareRequest.a:type_name -> quarry.agent.v1.Content
+	36, // 31: quarry.agent.v1.CompareRequest.b:type_name -> quarry.agent.v1.Content
+	55, // 32: quarry.agent.v1.CompareRequest.ranges:type_name -> quarry.agent.v1.Extent
 	5,  // 33: quarry.agent.v1.Controller.Stage:input_type -> quarry.agent.v1.StageRequest
 	7,  // 34: quarry.agent.v1.Controller.Formatted:input_type -> quarry.agent.v1.FormattedRequest
 	9,  // 35: quarry.agent.v1.Controller.Built:input_type -> quarry.agent.v1.BuiltRequest
@@ -3356,21 +3309,21 @@ var file_agent_proto_depIdxs = []int32{
 	20, // 43: quarry.agent.v1.Agent.Layers:input_type -> quarry.agent.v1.ImageRequest
 	26, // 44: quarry.agent.v1.Agent.Switch:input_type -> quarry.agent.v1.SwitchRequest
 	26, // 45: quarry.agent.v1.Agent.Prepare:input_type -> quarry.agent.v1.SwitchRequest
-	29, // 46: quarry.agent.v1.Agent.Hold:input_type -> quarry.agent.v1.HoldRequest
-	31, // 47: quarry.agent.v1.Agent.Release:input_type -> quarry.agent.v1.ReleaseRequest
-	33, // 48: quarry.agent.v1.Agent.Merge:input_type -> quarry.agent.v1.ChainRequest
-	33, // 49: quarry.agent.v1.Agent.StopMerge:input_type -> quarry.agent.v1.ChainRequest
-	38, // 50: quarry.agent.v1.Agent.CopyBlock:input_type -> quarry.agent.v1.CopyBlockRequest
-	41, // 51: quarry.agent.v1.Agent.CopyTree:input_type -> quarry.agent.v1.CopyTreeRequest
-	43, // 52: quarry.agent.v1.Agent.Zero:input_type -> quarry.agent.v1.ZeroRequest
-	45, // 53: quarry.agent.v1.Agent.FormatLayer:input_type -> quarry.agent.v1.FormatLayerRequest
-	47, // 54: quarry.agent.v1.Agent.Allocate:input_type -> quarry.agent.v1.AllocateRequest
-	49, // 55: quarry.agent.v1.Agent.TrimLayer:input_type -> quarry.agent.v1.TrimLayerRequest
-	51, // 56: quarry.agent.v1.Agent.CheckLayer:input_type -> quarry.agent.v1.CheckLayerRequest
-	53, // 57: quarry.agent.v1.Agent.RepairLayer:input_type -> quarry.agent.v1.RepairLayerRequest
-	55, // 58: quarry.agent.v1.Agent.LayerExtents:input_type -> quarry.agent.v1.ExtentsRequest
-	55, // 59: quarry.agent.v1.Agent.DataExtents:input_type -> quarry.agent.v1.ExtentsRequest
-	58, // 60: quarry.agent.v1.Agent.Compare:input_type -> quarry.agent.v1.CompareRequest
+	26, // 46: quarry.agent.v1.Agent.Hold:input_type -> quarry.agent.v1.SwitchRequest
+	30, // 47: quarry.agent.v1.Agent.Release:input_type -> quarry.agent.v1.ReleaseRequest
+	32, // 48: quarry.agent.v1.Agent.Merge:input_type -> quarry.agent.v1.ChainRequest
+	32, // 49: quarry.agent.v1.Agent.StopMerge:input_type -> quarry.agent.v1.ChainRequest
+	37, // 50: quarry.agent.v1.Agent.CopyBlock:input_type -> quarry.agent.v1.CopyBlockRequest
+	40, // 51: quarry.agent.v1.Agent.CopyTree:input_type -> quarry.agent.v1.CopyTreeRequest
+	42, // 52: quarry.agent.v1.Agent.Zero:input_type -> quarry.agent.v1.ZeroRequest
+	44, // 53: quarry.agent.v1.Agent.FormatLayer:input_type -> quarry.agent.v1.FormatLayerRequest
+	46, // 54: quarry.agent.v1.Agent.Allocate:input_type -> quarry.agent.v1.AllocateRequest
+	48, // 55: quarry.agent.v1.Agent.TrimLayer:input_type -> quarry.agent.v1.TrimLayerRequest
+	50, // 56: quarry.agent.v1.Agent.CheckLayer:input_type -> quarry.agent.v1.CheckLayerRequest
+	52, // 57: quarry.agent.v1.Agent.RepairLayer:input_type -> quarry.agent.v1.RepairLayerRequest
+	54, // 58: quarry.agent.v1.Agent.LayerExtents:input_type -> quarry.agent.v1.ExtentsRequest
+	54, // 59: quarry.agent.v1.Agent.DataExtents:input_type -> quarry.agent.v1.ExtentsRequest
+	57, // 60: quarry.agent.v1.Agent.Compare:input_type -> quarry.agent.v1.CompareRequest
 	6,  // 61: quarry.agent.v1.Controller.Stage:output_type -> quarry.agent.v1.StageResponse
 	8,  // 62: quarry.agent.v1.Controller.Formatted:output_type -> quarry.agent.v1.FormattedResponse
 	10, // 63: quarry.agent.v1.Controller.Built:output_type -> quarry.agent.v1.BuiltResponse
@@ -3384,21 +3337,21 @@ var file_agent_proto_depIdxs = []int32{
 	25, // 71: quarry.agent.v1.Agent.Layers:output_type -> quarry.agent.v1.LayersResponse
 	27, // 72: quarry.agent.v1.Agent.Switch:output_type -> quarry.agent.v1.SwitchResponse
 	28, // 73: quarry.agent.v1.Agent.Prepare:output_type -> quarry.agent.v1.PrepareResponse
-	30, // 74: quarry.agent.v1.Agent.Hold:output_type -> quarry.agent.v1.HoldResponse
-	32, // 75: quarry.agent.v1.Agent.Release:output_type -> quarry.agent.v1.ReleaseResponse
-	34, // 76: quarry.agent.v1.Agent.Merge:output_type -> quarry.agent.v1.MergeResponse
-	35, // 77: quarry.agent.v1.Agent.StopMerge:output_type -> quarry.agent.v1.StopMergeResponse
-	40, // 78: quarry.agent.v1.Agent.CopyBlock:output_type -> quarry.agent.v1.CopyBlockResponse
-	42, // 79: quarry.agent.v1.Agent.CopyTree:output_type -> quarry.agent.v1.CopyTreeResponse
-	44, // 80: quarry.agent.v1.Agent.Zero:output_type -> quarry.agent.v1.ZeroResponse
-	46, // 81: quarry.agent.v1.Agent.FormatLayer:output_type -> quarry.agent.v1.FormatLayerResponse
-	48, // 82: quarry.agent.v1.Agent.Allocate:output_type -> quarry.agent.v1.AllocateResponse
-	50, // 83: quarry.agent.v1.Agent.TrimLayer:output_type -> quarry.agent.v1.TrimLayerResponse
-	52, // 84: quarry.agent.v1.Agent.CheckLayer:output_type -> quarry.agent.v1.CheckLayerResponse
-	54, // 85: quarry.agent.v1.Agent.RepairLayer:output_type -> quarry.agent.v1.RepairLayerResponse
-	57, // 86: quarry.agent.v1.Agent.LayerExtents:output_type -> quarry.agent.v1.ExtentsResponse
-	57, // 87: quarry.agent.v1.Agent.DataExtents:output_type -> quarry.agent.v1.ExtentsResponse
-	57, // 88: quarry.agent.v1.Agent.Compare:output_type -> quarry.agent.v1.ExtentsResponse
+	29, // 74: quarry.agent.v1.Agent.Hold:output_type -> quarry.agent.v1.HoldResponse
+	31, // 75: quarry.agent.v1.Agent.Release:output_type -> quarry.agent.v1.ReleaseResponse
+	33, // 76: quarry.agent.v1.Agent.Merge:output_type -> quarry.agent.v1.MergeResponse
+	34, // 77: quarry.agent.v1.Agent.StopMerge:output_type -> quarry.agent.v1.StopMergeResponse
+	39, // 78: quarry.agent.v1.Agent.CopyBlock:output_type -> quarry.agent.v1.CopyBlockResponse
+	41, // 79: quarry.agent.v1.Agent.CopyTree:output_type -> quarry.agent.v1.CopyTreeResponse
+	43, // 80: quarry.agent.v1.Agent.Zero:output_type -> quarry.agent.v1.ZeroResponse
+	45, // 81: quarry.agent.v1.Agent.FormatLayer:output_type -> quarry.agent.v1.FormatLayerResponse
+	47, // 82: quarry.agent.v1.Agent.Allocate:output_type -> quarry.agent.v1.AllocateResponse
+	49, // 83: quarry.agent.v1.Agent.TrimLayer:output_type -> quarry.agent.v1.TrimLayerResponse
+	51, // 84: quarry.agent.v1.Agent.CheckLayer:output_type -> quarry.agent.v1.CheckLayerResponse
+	53, // 85: quarry.agent.v1.Agent.RepairLayer:output_type -> quarry.agent.v1.RepairLayerResponse
+	56, // 86: quarry.agent.v1.Agent.LayerExtents:output_type -> quarry.agent.v1.ExtentsResponse
+	56, // 87: quarry.agent.v1.Agent.DataExtents:output_type -> quarry.agent.v1.ExtentsResponse
+	56, // 88: quarry.agent.v1.Agent.Compare:output_type -> quarry.agent.v1.ExtentsResponse
 	61, // [61:89] is the sub-list for method output_type
 	33, // [33:61] is the sub-list for method input_type
 	33, // [33:33] is the sub-list for extension type_name
@@ -3417,7 +3370,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   59,
+			NumMessages:   58,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

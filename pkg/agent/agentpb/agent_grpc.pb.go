@@ -333,7 +333,7 @@ type AgentClient interface {
 	// Prepare is what Switch does while the images are in use; Hold goes on to the moment that counts, and
 	// Release is the rest.
 	Prepare(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*PrepareResponse, error)
-	Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (*HoldResponse, error)
+	Hold(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*HoldResponse, error)
 	Release(ctx context.Context, in *ReleaseRequest, opts ...grpc.CallOption) (*ReleaseResponse, error)
 	Merge(ctx context.Context, in *ChainRequest, opts ...grpc.CallOption) (*MergeResponse, error)
 	StopMerge(ctx context.Context, in *ChainRequest, opts ...grpc.CallOption) (*StopMergeResponse, error)
@@ -438,7 +438,7 @@ func (c *agentClient) Prepare(ctx context.Context, in *SwitchRequest, opts ...gr
 	return out, nil
 }
 
-func (c *agentClient) Hold(ctx context.Context, in *HoldRequest, opts ...grpc.CallOption) (*HoldResponse, error) {
+func (c *agentClient) Hold(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*HoldResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(HoldResponse)
 	err := c.cc.Invoke(ctx, Agent_Hold_FullMethodName, in, out, cOpts...)
@@ -646,7 +646,7 @@ type AgentServer interface {
 	// Prepare is what Switch does while the images are in use; Hold goes on to the moment that counts, and
 	// Release is the rest.
 	Prepare(context.Context, *SwitchRequest) (*PrepareResponse, error)
-	Hold(context.Context, *HoldRequest) (*HoldResponse, error)
+	Hold(context.Context, *SwitchRequest) (*HoldResponse, error)
 	Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error)
 	Merge(context.Context, *ChainRequest) (*MergeResponse, error)
 	StopMerge(context.Context, *ChainRequest) (*StopMergeResponse, error)
@@ -695,7 +695,7 @@ func (UnimplementedAgentServer) Switch(context.Context, *SwitchRequest) (*Switch
 func (UnimplementedAgentServer) Prepare(context.Context, *SwitchRequest) (*PrepareResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Prepare not implemented")
 }
-func (UnimplementedAgentServer) Hold(context.Context, *HoldRequest) (*HoldResponse, error) {
+func (UnimplementedAgentServer) Hold(context.Context, *SwitchRequest) (*HoldResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Hold not implemented")
 }
 func (UnimplementedAgentServer) Release(context.Context, *ReleaseRequest) (*ReleaseResponse, error) {
@@ -906,7 +906,7 @@ func _Agent_Prepare_Handler(srv interface{}, ctx context.Context, dec func(inter
 }
 
 func _Agent_Hold_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
-	in := new(HoldRequest)
+	in := new(SwitchRequest)
 	if err := dec(in); err != nil {
 		return nil, err
 	}
@@ -918,7 +918,7 @@ func _Agent_Hold_Handler(srv interface{}, ctx context.Context, dec func(interfac
 		FullMethod: Agent_Hold_FullMethodName,
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
-		return srv.(AgentServer).Hold(ctx, req.(*HoldRequest))
+		return srv.(AgentServer).Hold(ctx, req.(*SwitchRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
