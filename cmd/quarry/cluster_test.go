@@ -18,6 +18,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -42,10 +43,11 @@ type api struct {
 	tokens map[string]string         // token: node
 	leases map[string]map[string]any // by path
 	count  int
+	known  map[string]bool // nodes with the driver's label: ready
 }
 
 func newAPI(t *testing.T) *api {
-	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}}
+	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}, known: map[string]bool{}}
 	a.Server = httptest.NewServer(a)
 	t.Cleanup(a.Close)
 	return a
@@ -81,6 +83,15 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer(http.StatusOK, object("Namespace", "v1", "kube-system"))
 	case path == "/api/v1/nodes/n1" || path == "/api/v1/nodes/n2":
 		answer(http.StatusOK, object("Node", "v1", filepath.Base(path)))
+	case path == "/api/v1/nodes" && r.URL.Query().Get("labelSelector") == "csi.quarry.dev/node":
+		items := []map[string]any{}
+		for name, ready := range a.known {
+			n := object("Node", "v1", name)
+			n["metadata"].(map[string]any)["labels"] = map[string]any{"csi.quarry.dev/node": name}
+			n["status"] = map[string]any{"conditions": []map[string]any{{"type": "Ready", "status": map[bool]string{true: "True", false: "Unknown"}[ready]}}}
+			items = append(items, n)
+		}
+		answer(http.StatusOK, map[string]any{"kind": "NodeList", "apiVersion": "v1", "metadata": map[string]any{"resourceVersion": "1"}, "items": items})
 	case path == "/apis/authentication.k8s.io/v1/tokenreviews":
 		spec := body["spec"].(map[string]any)
 		node, ok := a.tokens[spec["token"].(string)]
@@ -173,19 +184,39 @@ func freePort(t *testing.T) string {
 }
 
 // controller starts one. All take agents at the same address: only the leader does.
-func (c *cluster) controller(name string) *running {
+func (c *cluster) controller(name string, more ...string) *running {
 	c.t.Helper()
 	if c.ports["agents"] == "" {
 		c.ports["agents"], c.ports["admin"] = freePort(c.t), freePort(c.t)
 	}
-	return begin(c.t, "Serving CSI", "controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name+".sock"), "--admin-endpoint", c.path(name+"-admin.sock"),
-		"--agents-endpoint", "127.0.0.1:"+c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
+	return begin(c.t, "Serving CSI", append([]string{"controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name + ".sock"), "--admin-endpoint", c.path(name + "-admin.sock"),
+		"--agents-endpoint", "127.0.0.1:" + c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
 		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name,
-		"--admin-endpoint", "tcp://127.0.0.1:"+c.ports["admin"], "--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms") // a busy machine must not lose it
+		"--admin-endpoint", "tcp://127.0.0.1:" + c.ports["admin"], "--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms"}, more...)...) // a busy machine must not lose it
 }
 
 // agent starts one, with a token of its node.
 func (c *cluster) agent(node string) *running {
+	c.t.Helper()
+	return c.agentBy(node, func(cmd *exec.Cmd) {})
+}
+
+// agentOf starts one that sees a directory of its own as the storage.
+func (c *cluster) agentOf(node string) *running {
+	c.t.Helper()
+	own := c.path("storage of " + node)
+	c.must(os.MkdirAll(own, 0o755))
+	self, err := os.Executable()
+	c.must(err)
+	return c.agentBy(node, func(cmd *exec.Cmd) {
+		cmd.Args = append([]string{"unshare", "--mount", "--propagation", "private", "sh", "-c", `mount --bind "$0" "$1" && shift && exec "$@"`, own, c.storage, self}, cmd.Args[1:]...)
+		path, err := exec.LookPath("unshare")
+		c.must(err)
+		cmd.Path = path
+	})
+}
+
+func (c *cluster) agentBy(node string, change func(*exec.Cmd)) *running {
 	c.t.Helper()
 	token := rand.Text()
 	c.api.mu.Lock()
@@ -193,7 +224,7 @@ func (c *cluster) agent(node string) *running {
 	c.api.mu.Unlock()
 	c.file(node+".token", token+"\n")
 	c.must(os.MkdirAll(c.path("kubelet"), 0o755))
-	return begin(c.t, "Connected to the controller", "node", "--node-id", node, "--endpoint", c.path(node+".sock"), "--kubelet-dir", c.path("kubelet"),
+	return beginBy(c.t, change, "Connected to the controller", "node", "--node-id", node, "--endpoint", c.path(node+".sock"), "--kubelet-dir", c.path("kubelet"),
 		"--controller", "localhost:"+c.ports["agents"], "--controller-ca-file", c.path("tls.crt"), "--token-file", c.path(node+".token"))
 }
 
@@ -394,6 +425,82 @@ func TestADomainOfEachNode(t *testing.T) {
 	again(t, csi.NewControllerClient(c.at("c1")).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: v.GetVolumeId()})
 	agent.stop(t)
 	controller.stop(t)
+}
+
+// TestATakeoverWaitsForNodes: the next controller does not know what a node has for itself before
+// that has connected. A volume that is asked for again is not made on another node meanwhile,
+// and no list is without it; but a node that is not ready holds nobody up for long.
+func TestATakeoverWaitsForNodes(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("quarry node needs root")
+	}
+	c := newCluster(t, oneDomain)
+	c.api.known["n1"], c.api.known["n2"] = true, true
+	first := c.controller("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	n1, n2 := c.agentOf("n1"), c.agentOf("n2")
+	on := func(nodes ...string) *csi.TopologyRequirement {
+		r := &csi.TopologyRequirement{}
+		for _, n := range nodes {
+			r.Requisite = append(r.Requisite, &csi.Topology{Segments: map[string]string{"csi.quarry.dev/node": n}})
+		}
+		r.Preferred = r.Requisite
+		return r
+	}
+	request := func(name string, nodes ...string) *csi.CreateVolumeRequest {
+		return &csi.CreateVolumeRequest{Name: name, Parameters: map[string]string{"domain": "local"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()},
+			CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}, AccessibilityRequirements: on(nodes...)}
+	}
+	v := again(t, csi.NewControllerClient(c.at("c1")).CreateVolume, request("v", "n1")).GetVolume().GetVolumeId()
+	n1.stop(t)
+	c.must(first.cmd.Process.Kill())
+	<-first.ended
+	second := c.controller("c2")
+	c.wait("c2 to lead", func() bool { return c.ready("c2") })
+	to := csi.NewControllerClient(c.at("c2"))
+	c.wait("n2 to have come", func() bool {
+		r, err := to.GetCapacity(t.Context(), &csi.GetCapacityRequest{Parameters: map[string]string{"domain": "local"}, AccessibleTopology: on("n2").GetRequisite()[0]})
+		return err == nil && r.GetAvailableCapacity() > 0
+	})
+	waits := func(what string, err error) {
+		t.Helper()
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "n1") {
+			t.Errorf("%s before n1 has come: %v", what, err)
+		}
+	}
+	_, err := to.CreateVolume(t.Context(), request("v", "n2", "n1"))
+	waits("a volume is made", err)
+	_, err = to.ListVolumes(t.Context(), &csi.ListVolumesRequest{})
+	waits("volumes are listed", err)
+	_, err = to.ListSnapshots(t.Context(), &csi.ListSnapshotsRequest{})
+	waits("snapshots are listed", err)
+	n1 = c.agentOf("n1")
+	if got := again(t, to.CreateVolume, request("v", "n2", "n1")).GetVolume().GetVolumeId(); got != v {
+		t.Errorf("the volume became %s, was %s", got, v)
+	}
+	if list := again(t, to.ListVolumes, &csi.ListVolumesRequest{}).GetEntries(); len(list) != 1 || list[0].GetVolume().GetVolumeId() != v {
+		t.Errorf("listed are %v", list)
+	}
+
+	// n1 is lost, and with it the controller.
+	n1.stop(t)
+	second.stop(t)
+	c.api.mu.Lock()
+	c.api.known["n1"] = false
+	c.api.mu.Unlock()
+	third := c.controller("c3", "--node-wait", "1s")
+	c.wait("c3 to lead", func() bool { return c.ready("c3") })
+	to = csi.NewControllerClient(c.at("c3"))
+	w := again(t, to.CreateVolume, request("w", "n2")).GetVolume().GetVolumeId()
+	if list := again(t, to.ListVolumes, &csi.ListVolumesRequest{}).GetEntries(); len(list) != 1 || list[0].GetVolume().GetVolumeId() != w {
+		t.Errorf("listed are %v", list)
+	}
+	_, err = to.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v})
+	if status.Code(err) != codes.Unavailable {
+		t.Errorf("what nobody can reach is deleted: %v", err)
+	}
+	third.stop(t)
+	n2.stop(t)
 }
 
 // TestAForgedAgentGetsInNowhere: a token that is none, and one of another node.

@@ -36,6 +36,7 @@ type controllerOptions struct {
 	domains, driverName, installation     string
 	kubeconfig, namespace, serviceAccount string
 	identity                              string
+	nodeWait                              time.Duration
 	lease                                 kube.LeaseConfig
 }
 
@@ -70,6 +71,7 @@ with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
 	f.StringVar(&o.namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of the Lease and of the agents' ServiceAccount (default: $POD_NAMESPACE)")
 	f.StringVar(&o.serviceAccount, "agent-service-account", "quarry-node", "ServiceAccount of the agents, in that namespace")
 	f.StringVar(&o.identity, "leader-election-identity", "", "name of this candidate (default: $POD_NAME, else the host's name)")
+	f.DurationVar(&o.nodeWait, "node-wait", 5*time.Minute, "how long a controller that has begun to lead waits for a node that is ready and has not connected, before it leaves out what that has for itself; one that is not ready: a minute at most")
 	f.StringVar(&o.lease.Name, "leader-election-lease", "quarry-controller", "name of the Lease")
 	f.DurationVar(&o.lease.LeaseDuration, "leader-election-lease-duration", 15*time.Second, "how long others wait for a leader that does not renew its Lease")
 	f.DurationVar(&o.lease.RenewDeadline, "leader-election-renew-deadline", 10*time.Second, "how long a leader tries to renew before it gives up and ends")
@@ -94,6 +96,9 @@ func (o *controllerOptions) check() (err error) {
 		if o.identity, err = os.Hostname(); err != nil {
 			return fault.New(fault.Invalid, "--leader-election-identity is not given and the host's name is not known: %w", err)
 		}
+	}
+	if o.nodeWait < 0 {
+		return fault.New(fault.Invalid, "--node-wait %s must not be negative", o.nodeWait)
 	}
 	o.lease.Namespace, o.lease.Identity = o.namespace, o.identity
 	if err := o.lease.Check(); err != nil {
@@ -135,14 +140,16 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	}
 	defer flush()
 
-	c := &leader{options: o, entries: entries, tls: agentsTLS, metrics: newMetrics()}
+	c := &leader{options: o, entries: entries, tls: agentsTLS, metrics: newMetrics(), list: func(ctx context.Context) ([]kube.TopologyNode, error) {
+		return client.TopologyNodes(ctx, csi.TopologyKey)
+	}}
 	c.stand("this controller does not lead: ask the one that does")
 	admit, err := kube.NewAdmitter(client, kube.AdmitConfig{Namespace: o.namespace, ServiceAccount: o.serviceAccount, Audience: agent.Audience})
 	if err != nil {
 		return err
 	}
 	c.hub = agent.NewHub(agent.HubConfig{Release: version, Admit: admit.Admit, Joined: c.joined})
-	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService})
+	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService, WaitFor: c.waitsFor, BindNodes: true})
 	c.metrics.watchDomains(c.manager)
 	c.opening = &openers{manager: c.manager, open: c.open}
 	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits,
@@ -188,9 +195,12 @@ type leader struct {
 	ready   atomic.Bool
 	led     bool // it has begun to lead; to be read when that has ended
 
+	list func(ctx context.Context) ([]kube.TopologyNode, error)
+
 	mu    sync.Mutex
 	ctx   context.Context          // of leading; nil before and after
 	nodes map[string]chan struct{} // that have been here; to be told that one is again
+	expecting
 }
 
 func (c *leader) stand(why string) { c.standby.Store(&why) }
@@ -218,7 +228,7 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	work, stop := context.WithCancel(context.WithoutCancel(leads))
 	defer stop()
 	c.mu.Lock()
-	c.ctx, c.nodes = leads, map[string]chan struct{}{}
+	c.ctx, c.nodes, c.began = leads, map[string]chan struct{}{}, time.Now()
 	for _, e := range c.entries {
 		if e.Scope == domain.ScopeShared {
 			c.opening.one(leads, e, "", c.told(""), nil)
@@ -228,6 +238,10 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	}
 	c.mu.Unlock()
 	var group errgroup.Group
+	group.Go(func() error {
+		c.expect(leads)
+		return nil
+	})
 	group.Go(func() error { return c.hub.Serve(work, l, c.manager) })
 	about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Node: c.options.identity, Installation: c.options.installation}

@@ -136,7 +136,14 @@ type running struct {
 // begin starts the program and waits for the line that contains until.
 func begin(t *testing.T, until string, args ...string) *running {
 	t.Helper()
+	return beginBy(t, func(*exec.Cmd) {}, until, args...)
+}
+
+// beginBy is begin with a change to how the program is started.
+func beginBy(t *testing.T, change func(*exec.Cmd), until string, args ...string) *running {
+	t.Helper()
 	r := &running{cmd: program(context.Background(), args...), ended: make(chan error, 1)}
+	change(r.cmd)
 	pipe, err := r.cmd.StderrPipe()
 	if err != nil {
 		t.Fatal(err)

@@ -76,7 +76,7 @@ func (r *rig) restart(lost time.Duration) {
 // control begins a controller's life on a listener.
 func (r *rig) control(l net.Listener) {
 	r.hub = agent.NewHub(agent.HubConfig{Release: "test", Admit: r.admit, Lost: r.lost})
-	r.manager = image.New(image.Config{Installation: "test", Agents: r.hub, Worker: r.hub, CollectEvery: -1})
+	r.manager = image.New(image.Config{Installation: "test", Agents: r.hub, Worker: r.hub, BindNodes: true, CollectEvery: -1})
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	hub, manager := r.hub, r.manager

@@ -36,8 +36,13 @@ func (m *Manager) createVolume(ctx context.Context, op *operation, r CreateReque
 			return m.view(img), err
 		}
 	}
-	if err := m.allOpen(); err != nil && len(r.Domains) != 1 {
-		return Image{}, err // the name may be taken where nobody can look
+	// The name may be taken where nobody can look: on another node, too.
+	among := r.Domains
+	if len(among) != 1 {
+		among = nil
+	}
+	if err := m.allOpen(among...); err != nil {
+		return Image{}, err
 	}
 	for {
 		if err := c.plan(ctx); err != nil {

@@ -39,6 +39,12 @@ type Config struct {
 	// reached, is off and will write nothing any more: its attachments may end without
 	// its word. nil: nobody ever does.
 	OutOfService func(ctx context.Context, node string) (bool, error)
+	// WaitFor says whether the domain that a node has for itself, and that is not open, is
+	// waited for: until then lists, and the creation of volumes that it may hold, are
+	// fault.Unavailable. nil: always.
+	WaitFor func(node string) bool
+	// BindNodes: the domain of a node belongs to the node that opened it first.
+	BindNodes bool
 	// Now is the clock; nil: the real one.
 	Now func() time.Time
 	// LookEvery is the pause between two looks at a running merge; 0: 50 ms at
@@ -132,6 +138,7 @@ type Manager struct {
 	mu       sync.Mutex
 	domains  map[string]*domain // by ID and by alias
 	unopened map[entry]unopened
+	listed   map[string]struct{} // entries of which it is known which nodes have one
 }
 
 // entry is a configured domain, or that of one node where each node has its own.
@@ -154,7 +161,7 @@ func New(cfg Config) *Manager {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	m := &Manager{cfg: cfg, ctx: ctx, cancel: cancel, ops: operations{byKey: map[string]*operation{}},
-		domains: map[string]*domain{}, unopened: map[entry]unopened{}}
+		domains: map[string]*domain{}, unopened: map[entry]unopened{}, listed: map[string]struct{}{}}
 	m.tellings.Store(rand.Int64N(1 << 62))
 	return m
 }
@@ -180,15 +187,15 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for _, k := range keys {
-		if m.domains[k] != nil {
-			return "", fault.New(fault.Invalid, "domain %s: the ID %q is that of another open domain", cfg.Name, k)
+		if other := m.domains[k]; other != nil {
+			return "", d.double(k, other)
 		}
 	}
 	for _, k := range keys {
 		m.domains[k] = d
 	}
 	delete(m.unopened, cfg.entry())
-	delete(m.unopened, entry{name: cfg.Name}) // it was not known which nodes have one
+	m.dropUnlisted(cfg.Name)
 	klog.FromContext(ctx).Info("Domain opened", "domain", d.id, "engine", cfg.Engine, "location", desc.Location,
 		"epoch", d.epoch, "images", len(d.images), "capabilities", d.caps.List())
 	if m.cfg.CollectEvery > 0 {
@@ -231,6 +238,41 @@ func (m *Manager) Unopened(cfg DomainConfig, reason error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.unopened[cfg.entry()] = unopened{cfg, reason}
+	m.dropUnlisted(cfg.Name)
+}
+
+// Listed says that of all nodes that may have a domain of an entry Unopened or AddDomain was
+// told. Until then the entry itself, that of no node, stands for those that are not known.
+func (m *Manager) Listed(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.listed[name] = struct{}{}
+	m.dropUnlisted(name)
+}
+
+// Gone is told of a node that there is not any more, and whose own domain was not open.
+func (m *Manager) Gone(cfg DomainConfig) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.unopened, cfg.entry())
+}
+
+// dropUnlisted takes an entry of no node away when there are some of nodes. The caller
+// holds m.mu.
+func (m *Manager) dropUnlisted(name string) {
+	if _, ok := m.listed[name]; !ok {
+		return
+	}
+	some := false
+	for e := range m.unopened {
+		some = some || e.name == name && e.node != ""
+	}
+	for _, d := range m.domains {
+		some = some || d.cfg.Name == name
+	}
+	if some {
+		delete(m.unopened, entry{name: name})
+	}
 }
 
 // Close stops background work, waits for it, and closes the engines. Running
@@ -276,12 +318,21 @@ func (m *Manager) domain(id string) (*domain, error) {
 	return nil, fault.New(fault.Unavailable, "domain %s is not configured; its images are out of reach until it is", id)
 }
 
-// allOpen fails until every configured domain was indexed.
-func (m *Manager) allOpen() error {
+// allOpen fails until every configured domain was indexed: of these entries, or with none
+// of all. A node's own is waited for only as long as cfg.WaitFor says.
+func (m *Manager) allOpen(names ...string) error {
 	m.mu.Lock()
-	defer m.mu.Unlock()
-	for e, u := range m.unopened {
-		return fault.New(fault.Unavailable, "domain %s is not open: %w", e.name, u.reason)
+	all := maps.Clone(m.unopened)
+	m.mu.Unlock()
+	for e, u := range all { // without the lock, which WaitFor's owner may be waiting for
+		switch {
+		case len(names) > 0 && !slices.Contains(names, e.name) && !slices.ContainsFunc(u.cfg.Aliases, func(a string) bool { return slices.Contains(names, a) }):
+		case e.node != "" && m.cfg.WaitFor != nil && !m.cfg.WaitFor(e.node):
+		case e.node != "":
+			return fault.New(fault.Unavailable, "domain %s of node %s is not open: %w", e.name, e.node, u.reason)
+		default:
+			return fault.New(fault.Unavailable, "domain %s is not open: %w", e.name, u.reason)
+		}
 	}
 	return nil
 }

@@ -21,6 +21,9 @@ import (
 func (d *domain) open(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, engine.ListingLimit)
 	defer cancel()
+	if err := d.checkNode(ctx); err != nil {
+		return err
+	}
 	var tags []engine.Tag
 	for {
 		if err := d.claim(ctx); err != nil {
@@ -43,6 +46,9 @@ func (d *domain) open(ctx context.Context) error {
 	}
 	counting, err := d.settle(ctx, tags)
 	if err != nil {
+		return err
+	}
+	if err := d.bind(ctx, tags); err != nil {
 		return err
 	}
 	d.index(counting)

@@ -20,6 +20,7 @@ import (
 //	e.<epoch, 8 hex>                          a manager's claim to the domain
 //	o.<epoch, 8 hex>                          what it found of its predecessor: see opening.go
 //	n.id                                      the ID of a node-scope domain
+//	n.node.<epoch, 8 hex>                     the node that it belongs to: the highest counts
 //	i.<image>.<revision, 16 hex>              an image's record
 //	d.<image>                                 its description for people
 //	a.<image>.<node>.<generation, 16 hex>     an attachment, or its end: the highest generation counts
@@ -32,6 +33,7 @@ const (
 	prefixPin        = "p."
 	prefixDomain     = "n."
 	nameDomainID     = prefixDomain + "id"
+	prefixDomainNode = prefixDomain + "node."
 )
 
 // The formats of records. An image whose slab is a layer is written in the

@@ -1,6 +1,6 @@
 // Package kube is what Quarry asks of Kubernetes: who an agent is
 // (TokenReview), which controller leads (Lease), which installation this is,
-// whether a Node exists and is out of service, and, on a node, that the
+// which Nodes there are and whether one is out of service, and, on a node, that the
 // kubelet takes the driver up.
 //
 // It keeps nothing and caches nothing: every answer is of the moment it was

@@ -3,6 +3,7 @@ package kube_test
 import (
 	"context"
 	"errors"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -130,6 +131,31 @@ func TestANodeThatCannotBeReadIsNotMissing(t *testing.T) {
 	expect(t, kube.New(api).Node(t.Context(), "n1"), fault.Unavailable, "n1", "restarting")
 	_, err := kube.New(api).OutOfService(t.Context(), "n1")
 	expect(t, err, fault.Unavailable, "n1", "restarting")
+}
+
+func TestNodesOfTheDriverCarryItsTopologyLabel(t *testing.T) {
+	const key = "csi.quarry.dev/node"
+	node := func(name, label string, ready corev1.ConditionStatus, taints ...corev1.Taint) *corev1.Node {
+		n := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: name}, Spec: corev1.NodeSpec{Taints: taints},
+			Status: corev1.NodeStatus{Conditions: []corev1.NodeCondition{{Type: corev1.NodeReady, Status: ready}}}}
+		if label != "" {
+			n.Labels = map[string]string{key: label}
+		}
+		return n
+	}
+	api := fake.NewClientset(node("n1", "n1", corev1.ConditionTrue), node("n2", "", corev1.ConditionTrue), node("n3", "n3", corev1.ConditionUnknown),
+		node("n4", "n4", corev1.ConditionTrue, corev1.Taint{Key: "node.kubernetes.io/out-of-service"}))
+	list, err := kube.New(api).TopologyNodes(t.Context(), key)
+	got := map[string]bool{}
+	for _, n := range list {
+		got[n.Name] = n.Ready
+	}
+	if want := map[string]bool{"n1": true, "n3": false, "n4": false}; err != nil || !maps.Equal(got, want) {
+		t.Errorf("nodes are %v, %v; want %v", got, err, want)
+	}
+	failing(api, "list", "nodes", apierrors.NewForbidden(schema.GroupResource{Resource: "nodes"}, "", errors.New("no")))
+	_, err = kube.New(api).TopologyNodes(t.Context(), key)
+	expect(t, err, fault.Permission, key, "RBAC")
 }
 
 func TestOutOfServiceIsATaintOfAnyEffect(t *testing.T) {

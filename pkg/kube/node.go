@@ -27,7 +27,36 @@ func (c *Client) OutOfService(ctx context.Context, name string) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	return slices.ContainsFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == corev1.TaintNodeOutOfService }), nil
+	return outOfService(n), nil
+}
+
+func outOfService(n *corev1.Node) bool {
+	return slices.ContainsFunc(n.Spec.Taints, func(t corev1.Taint) bool { return t.Key == corev1.TaintNodeOutOfService })
+}
+
+// TopologyNode is a node whose kubelet has known the driver, as its topology label tells. The
+// label stays while the driver is replaced or away.
+type TopologyNode struct {
+	// Name by which the driver knows the node.
+	Name string
+	// Ready: its kubelet answers, and nobody has said that it is out of service.
+	Ready bool
+}
+
+// TopologyNodes are the nodes that carry a topology label of the driver, in no order.
+func (c *Client) TopologyNodes(ctx context.Context, key string) ([]TopologyNode, error) {
+	list, err := c.api.CoreV1().Nodes().List(ctx, metav1.ListOptions{LabelSelector: key})
+	if err != nil {
+		return nil, failed(err, "cannot list the Nodes with the label %s", key)
+	}
+	var out []TopologyNode
+	for _, n := range list.Items {
+		ready := slices.ContainsFunc(n.Status.Conditions, func(c corev1.NodeCondition) bool {
+			return c.Type == corev1.NodeReady && c.Status == corev1.ConditionTrue
+		})
+		out = append(out, TopologyNode{Name: n.Labels[key], Ready: ready && !outOfService(&n)})
+	}
+	return out, nil
 }
 
 func (c *Client) node(ctx context.Context, name string) (*corev1.Node, error) {
