@@ -17,7 +17,7 @@ LINT := $(CACHE)/bin/golangci-lint-$(LINT_VERSION)
 # Packages whose tests are long and have targets of their own.
 LONG := /test/(sanity|crash|bench|demo|e2e)(/|$$)
 
-.PHONY: help build test lint demo sanity crash bench lab e2e generate
+.PHONY: help build image test lint demo sanity crash bench lab e2e generate
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,13 +25,19 @@ help: ## list the targets
 build: ## build quarry and kubectl-quarry into bin/
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/quarry ./cmd/kubectl-quarry
 
+image: ## build the container image without any registry, into bin/quarry.tar; needs root
+	mkdir -p bin
+	hack/image --version '$(VERSION)' --output bin/quarry.tar
+
 test: ## run the tests of every package but the long suites; as root, or the file system tests are skipped
 	hack/deps test
 	go vet ./...
 	packages=$$(go list ./... | grep -Ev '$(LONG)'); go test -count=1 -timeout 30m $$packages
+	cd test/chart && go vet . && go test -count=1 .
 
 lint: $(LINT) ## check style and the import rules with golangci-lint
 	$(LINT) run ./...
+	cd test/chart && $(LINT) run --config ../../.golangci.yml .
 
 demo: build ## show every volume operation on ext4 and XFS, step by step; needs root
 	hack/deps demo
@@ -59,6 +65,7 @@ e2e: ## (not yet) run the Kubernetes external storage suite on a real cluster
 
 generate: ## make the generated files again; leaves a clean tree clean
 	go generate ./...
+	cd test/chart && go generate .
 
 # Built outside the repository, once for every checkout. GOBIN takes one name, so
 # it is built aside and moved into place under its version.

@@ -33,6 +33,7 @@ import (
 	"k8s.io/client-go/kubernetes/scheme"
 
 	"github.com/quarry-csi/quarry/pkg/admin"
+	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
 // api is as much of a Kubernetes API server as quarry asks: a namespace, nodes, token
@@ -41,16 +42,13 @@ type api struct {
 	*httptest.Server
 	mu     sync.Mutex
 	tokens map[string]string         // token: node
-	leases map[string]map[string]any // by path
+	leases map[string]map[string]any // by path; and Secrets and ConfigMaps
 	count  int
 	known  map[string]bool // nodes with the driver's label: ready
-	// objects by path, as JSON; events as they were written, by reason.
-	objects map[string]string
-	events  map[string]map[string]any
 }
 
 func newAPI(t *testing.T) *api {
-	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}, known: map[string]bool{}, objects: map[string]string{}, events: map[string]map[string]any{}}
+	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}, known: map[string]bool{}}
 	a.Server = httptest.NewServer(a)
 	t.Cleanup(a.Close)
 	return a
@@ -60,7 +58,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var body map[string]any
-	if data, _ := io.ReadAll(r.Body); len(data) > 0 && r.Method != http.MethodPatch { // clients send Protobuf, and take JSON
+	if data, _ := io.ReadAll(r.Body); len(data) > 0 { // clients send Protobuf, and take JSON
 		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(data, nil, nil)
 		if err != nil {
 			panic(err)
@@ -79,7 +77,6 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	object := func(kind, version, name string) map[string]any {
 		return map[string]any{"kind": kind, "apiVersion": version, "metadata": map[string]any{"name": name, "uid": "uid-of-" + name}}
 	}
-	const leases = "/apis/coordination.k8s.io/v1/namespaces/quarry/leases"
 	path := r.URL.Path
 	switch {
 	case path == "/api/v1/namespaces/kube-system":
@@ -114,26 +111,37 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		a.keep(path, body)
 		answer(http.StatusCreated, body)
-	case strings.HasPrefix(path, leases+"/") && a.leases[path] == nil:
+	case kept(path) && a.leases[path] == nil:
 		refuse(http.StatusNotFound, "NotFound")
-	case strings.HasPrefix(path, leases+"/") && r.Method == http.MethodPut:
+	case kept(path) && r.Method == http.MethodPut:
 		if body["metadata"].(map[string]any)["resourceVersion"] != a.leases[path]["metadata"].(map[string]any)["resourceVersion"] {
 			refuse(http.StatusConflict, "Conflict")
 			return
 		}
 		a.keep(path, body)
 		answer(http.StatusOK, body)
-	case strings.HasPrefix(path, leases+"/"):
+	case kept(path):
 		answer(http.StatusOK, a.leases[path])
-	case strings.HasSuffix(path, "/events") && r.Method == http.MethodPost:
-		a.events[body["reason"].(string)] = body
-		answer(http.StatusCreated, body)
-	case a.objects[path] != "":
-		w.Header().Set("Content-Type", "application/json")
-		_, _ = io.WriteString(w, a.objects[path])
 	default:
 		refuse(http.StatusNotFound, "NotFound")
 	}
+}
+
+const (
+	leases  = "/apis/coordination.k8s.io/v1/namespaces/quarry/leases"
+	secrets = "/api/v1/namespaces/quarry/secrets"
+	configs = "/api/v1/namespaces/quarry/configmaps"
+)
+
+// kept are the paths of objects that are kept as they are written.
+func kept(path string) bool {
+	return strings.HasPrefix(path, leases+"/") || strings.HasPrefix(path, secrets+"/") || strings.HasPrefix(path, configs+"/")
+}
+
+func (a *api) get(path string) map[string]any {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.leases[path]
 }
 
 func (a *api) keep(path string, lease map[string]any) {
@@ -202,6 +210,20 @@ func (c *cluster) controller(name string, more ...string) *running {
 		"--agents-endpoint", "127.0.0.1:" + c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
 		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name,
 		"--admin-endpoint", "tcp://127.0.0.1:" + c.ports["admin"], "--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms"}, more...)...) // a busy machine must not lose it
+}
+
+// certified makes and keeps its own certificate, and tells agents of it in a ConfigMap.
+func (c *cluster) certified(name string) *running {
+	c.t.Helper()
+	if c.ports["agents"] == "" {
+		c.ports["agents"] = freePort(c.t)
+		for path, kind := range map[string]string{secrets + "/tls": "Secret", configs + "/ca": "ConfigMap"} {
+			c.api.keep(path, map[string]any{"kind": kind, "apiVersion": "v1", "metadata": map[string]any{"name": filepath.Base(path), "namespace": "quarry"}})
+		}
+	}
+	return begin(c.t, "Serving CSI", "controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name+".sock"), "--admin-endpoint", c.path(name+"-admin.sock"),
+		"--agents-endpoint", "127.0.0.1:"+c.ports["agents"], "--tls-secret", "tls", "--tls-ca-config-map", "ca", "--tls-host", "localhost",
+		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name)
 }
 
 // agent starts one, with a token of its node.
@@ -416,39 +438,18 @@ func TestADomainOfEachNode(t *testing.T) {
 	c := newCluster(t, oneDomain)
 	controller := c.controller("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
-	request := &csi.CreateVolumeRequest{Name: "pvc-u1", Parameters: map[string]string{"domain": "local", "csi.storage.k8s.io/pvc/name": "data", "csi.storage.k8s.io/pvc/namespace": "shop"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
+	request := &csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"domain": "local"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
 	_, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
 	if status.Code(err) != codes.Unavailable {
 		t.Fatalf("a volume is asked for before any node has come: %v", err)
 	}
 	agent := c.agent("n1")
-	c.api.mu.Lock()
-	c.api.objects["/api/v1/namespaces/shop/persistentvolumeclaims/data"] = `{"kind":"PersistentVolumeClaim","apiVersion":"v1","metadata":{"namespace":"shop","name":"data","uid":"u1"}}`
-	c.api.mu.Unlock()
 	var v *csi.Volume
 	c.wait("the node's domain to be open", func() bool {
 		r, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
 		v = r.GetVolume()
 		return err == nil
 	})
-	domain, _, _ := strings.Cut(v.GetVolumeId(), "/")
-	c.api.mu.Lock()
-	c.api.objects["/api/v1/persistentvolumes"] = `{"kind":"PersistentVolumeList","apiVersion":"v1","items":[{"metadata":{"name":"lost"},"spec":{"csi":{"driver":"csi.quarry.dev","volumeHandle":"` + domain + `/gone"}}},
-		{"metadata":{"name":"pvc-u1"},"spec":{"csi":{"driver":"csi.quarry.dev","volumeHandle":"` + v.GetVolumeId() + `"}}}]}`
-	c.api.mu.Unlock()
-	c.wait("an event on the claim", func() bool {
-		c.api.mu.Lock()
-		defer c.api.mu.Unlock()
-		e := c.api.events["QuarryCreated"]
-		return e != nil && e["involvedObject"].(map[string]any)["uid"] == "u1" && strings.Contains(fmt.Sprint(e["message"]), "native: new slab")
-	})
-	e, err := admin.ParseEndpoint(c.path("c1-admin.sock"))
-	c.must(err)
-	checked, err := admin.NewClient(e).Check(t.Context(), "local")
-	c.must(err)
-	if len(checked.Findings) != 1 || checked.Findings[0].Object != "PersistentVolume/lost" || len(checked.Unchecked) > 0 {
-		t.Errorf("checked against Kubernetes: %+v", checked)
-	}
 	if top := v.GetAccessibleTopology(); !strings.HasPrefix(v.GetVolumeId(), "local.") || len(top) != 1 || top[0].GetSegments()["csi.quarry.dev/node"] != "n1" {
 		t.Errorf("the volume is %v", v)
 	}
@@ -555,6 +556,77 @@ func TestAForgedAgentGetsInNowhere(t *testing.T) {
 		r.stop(t)
 	}
 	controller.stop(t)
+}
+
+// What nobody has to prepare: the leader makes a certificate, agents that know its CA
+// connect, and the next leader has the same.
+func TestAControllerMakesItsOwnCertificate(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("quarry node needs root")
+	}
+	c := newCluster(t, oneDomain)
+	first := c.certified("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	known := func() string {
+		data, _ := c.api.get(configs + "/ca")["data"].(map[string]any)
+		text, _ := data["ca.crt"].(string)
+		return text
+	}
+	ca := known()
+	c.file("tls.crt", ca) // where agents look
+	c.agent("n1").stop(t)
+	first.stop(t)
+	second := c.certified("c2")
+	c.wait("c2 to lead", func() bool { return c.ready("c2") })
+	if known() != ca {
+		t.Error("the next leader has another authority")
+	}
+	c.agent("n2").stop(t)
+	second.stop(t)
+}
+
+func TestAControllerNeedsOneCertificate(t *testing.T) {
+	for want, flags := range map[string][]string{
+		"--tls-cert-file and --tls-private-key-file are needed, or --tls-secret": {"--tls-cert-file", "c"},
+		"--tls-secret, --tls-ca-config-map and --tls-host are needed together":   {"--tls-secret", "s", "--tls-host", "h"},
+		"exclude --tls-secret, --tls-ca-config-map and --tls-host":               {"--tls-cert-file", "c", "--tls-private-key-file", "k", "--tls-secret", "s"},
+	} {
+		var stderr bytes.Buffer
+		cmd := program(t.Context(), append([]string{"controller", "--namespace", "quarry"}, flags...)...)
+		cmd.Stderr = &stderr
+		if err := cmd.Run(); err == nil || !strings.Contains(stderr.String(), want) {
+			t.Errorf("%q: %v, %s", flags, err, stderr.String())
+		}
+	}
+}
+
+// Only what is below the agent's own folder is made.
+func TestAnAgentMakesDirectoriesBelowItsOwnOnly(t *testing.T) {
+	dir := t.TempDir()
+	base := filepath.Join(dir, "base")
+	for path, made := range map[string]bool{
+		filepath.Join(base, "a"): true, filepath.Join(base, "b/c"): true, filepath.Join(base, "x/../../up"): false,
+		filepath.Join(dir, "other"): false, base + "-beside": false, "relative": false, "": false,
+	} {
+		if err := makeBelow(base, path); err != nil {
+			t.Fatal(err)
+		}
+		if info, err := os.Stat(path); (err == nil && info.IsDir()) != made {
+			t.Errorf("%s: made %t, want %t", path, err == nil, made)
+		}
+	}
+	if err := makeBelow("", filepath.Join(dir, "none")); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "none")); err == nil {
+		t.Error("it makes directories without a folder of its own")
+	}
+	if err := os.WriteFile(filepath.Join(base, "file"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := makeBelow(base, filepath.Join(base, "file/a")); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "--data-dir") {
+		t.Error(err)
+	}
 }
 
 func TestAControllerServesOperatorsAtLoopbackAddressesOnly(t *testing.T) {

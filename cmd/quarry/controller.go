@@ -33,6 +33,7 @@ import (
 type controllerOptions struct {
 	sockets
 	agentsEndpoint, certFile, keyFile     string
+	own                                   kube.CertificateConfig
 	domains, driverName, installation     string
 	kubeconfig, namespace, serviceAccount string
 	identity                              string
@@ -62,8 +63,11 @@ with "not ready", so that their sidecars wait. One that loses the Lease ends.`,
 	f.StringSliceVar(&o.adminEndpoints, "admin-endpoint", []string{"unix:///run/quarry/admin.sock"}, "where to serve kubectl quarry while leading: unix:///path, or tcp://ADDRESS:PORT of a loopback address, which a port-forward reaches; may be repeated; empty: nowhere")
 	f.StringVar(&o.metricsEndpoint, "metrics-endpoint", "", "where to serve /metrics, /healthz and /readyz: ADDRESS:PORT, or :PORT for 127.0.0.1; empty: nowhere")
 	f.StringVar(&o.agentsEndpoint, "agents-endpoint", ":9810", "where agents connect, while leading: ADDRESS:PORT")
-	f.StringVar(&o.certFile, "tls-cert-file", "", "certificate that agents see, PEM (required)")
-	f.StringVar(&o.keyFile, "tls-private-key-file", "", "its private key, PEM (required)")
+	f.StringVar(&o.certFile, "tls-cert-file", "", "certificate that agents see, PEM; or see --tls-secret")
+	f.StringVar(&o.keyFile, "tls-private-key-file", "", "its private key, PEM")
+	f.StringVar(&o.own.Secret, "tls-secret", "", "existing Secret in --namespace, which may be empty, to keep a certificate in that the leader makes and renews itself")
+	f.StringVar(&o.own.ConfigMap, "tls-ca-config-map", "", "existing ConfigMap in --namespace, for the CA of that certificate: what agents know it by (ca.crt)")
+	f.StringVar(&o.own.Host, "tls-host", "", "name in that certificate: the host that agents connect to")
 	f.StringVar(&o.domains, "domains", "/etc/quarry/domains.yaml", "the domains file")
 	f.StringVar(&o.driverName, "driver-name", "", "name of the CSI driver (default: csi.quarry.dev)")
 	f.StringVar(&o.installation, "installation", "", "identity that owns the domains (default: the UID of namespace kube-system)")
@@ -86,8 +90,8 @@ func (o *controllerOptions) check() (err error) {
 	if _, _, err := net.SplitHostPort(o.agentsEndpoint); err != nil {
 		return fault.New(fault.Invalid, "--agents-endpoint %q: must be ADDRESS:PORT or :PORT", o.agentsEndpoint)
 	}
-	if o.certFile == "" || o.keyFile == "" {
-		return fault.New(fault.Invalid, "--tls-cert-file and --tls-private-key-file are needed: agents send their tokens to nobody else")
+	if err := o.checkTLS(); err != nil {
+		return err
 	}
 	if o.namespace == "" {
 		return fault.New(fault.Invalid, "--namespace is needed, or $POD_NAMESPACE: that of the Lease and of the agents' ServiceAccount")
@@ -100,6 +104,7 @@ func (o *controllerOptions) check() (err error) {
 	if o.nodeWait < 0 {
 		return fault.New(fault.Invalid, "--node-wait %s must not be negative", o.nodeWait)
 	}
+	o.own.Namespace = o.namespace
 	o.lease.Namespace, o.lease.Identity = o.namespace, o.identity
 	if err := o.lease.Check(); err != nil {
 		return fmt.Errorf("--leader-election flags: %w", err)
@@ -107,14 +112,23 @@ func (o *controllerOptions) check() (err error) {
 	return nil
 }
 
+// checkTLS wants a certificate of files, or one of its own.
+func (o *controllerOptions) checkTLS() error {
+	files, own := o.certFile != "" || o.keyFile != "", o.own.Secret != "" || o.own.ConfigMap != "" || o.own.Host != ""
+	switch {
+	case files && own:
+		return fault.New(fault.Invalid, "--tls-cert-file and --tls-private-key-file exclude --tls-secret, --tls-ca-config-map and --tls-host")
+	case own && (o.own.Secret == "" || o.own.ConfigMap == "" || o.own.Host == ""):
+		return fault.New(fault.Invalid, "--tls-secret, --tls-ca-config-map and --tls-host are needed together")
+	case !own && (o.certFile == "" || o.keyFile == ""):
+		return fault.New(fault.Invalid, "--tls-cert-file and --tls-private-key-file are needed, or --tls-secret: agents send their tokens to nobody else")
+	}
+	return nil
+}
+
 // controller runs until ctx ends, or until it has led and does not any more.
 func controller(ctx context.Context, o *controllerOptions) (err error) {
 	entries, err := domain.Load(o.domains, engines.Registry(host.Exec{}))
-	if err != nil {
-		return err
-	}
-	cert := &certificate{cert: o.certFile, key: o.keyFile}
-	agentsTLS, err := cert.config()
 	if err != nil {
 		return err
 	}
@@ -129,6 +143,17 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	if err != nil {
 		return err
 	}
+	c := &leader{options: o, entries: entries, metrics: newMetrics(), list: func(ctx context.Context) ([]kube.TopologyNode, error) {
+		return client.TopologyNodes(ctx, csi.TopologyKey)
+	}}
+	if o.own.Secret != "" {
+		if c.own, err = kube.NewCertificate(client, o.own); err != nil {
+			return err
+		}
+		c.tls = tlsConfig(c.own.Get)
+	} else if c.tls, err = (&certificate{cert: o.certFile, key: o.keyFile}).config(); err != nil {
+		return err
+	}
 	if o.installation == "" {
 		if o.installation, err = client.Installation(ctx); err != nil {
 			return err
@@ -140,18 +165,13 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	}
 	defer flush()
 
-	c := &leader{options: o, entries: entries, tls: agentsTLS, metrics: newMetrics(), list: func(ctx context.Context) ([]kube.TopologyNode, error) {
-		return client.TopologyNodes(ctx, csi.TopologyKey)
-	}, cluster: references{client, cmp.Or(o.driverName, csi.DriverName)}}
 	c.stand("this controller does not lead: ask the one that does")
 	admit, err := kube.NewAdmitter(client, kube.AdmitConfig{Namespace: o.namespace, ServiceAccount: o.serviceAccount, Audience: agent.Audience})
 	if err != nil {
 		return err
 	}
 	c.hub = agent.NewHub(agent.HubConfig{Release: version, Admit: admit.Admit, Joined: c.joined})
-	teller := kube.NewTeller(client)
-	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService,
-		WaitFor: c.waitsFor, BindNodes: true, Tell: tell(teller)})
+	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService, WaitFor: c.waitsFor, BindNodes: true})
 	c.metrics.watchDomains(c.manager)
 	c.opening = &openers{manager: c.manager, open: c.open}
 	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits,
@@ -166,10 +186,6 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 			return admin.Serve(ctx, metricsSocket, c.metrics.handler(&c.ready, domainsOf(c.manager)), adminGrace)
 		})
 	}
-	group.Go(func() error {
-		teller.Run(ctx)
-		return nil
-	})
 	served := make(chan struct{})
 	group.Go(func() error {
 		defer close(served)
@@ -193,8 +209,8 @@ type leader struct {
 	options *controllerOptions
 	entries []domain.Entry
 	tls     *tls.Config
+	own     *kube.Certificate // nil: it is in files, and somebody else's to renew
 	metrics *metrics
-	cluster admin.Cluster
 	hub     *agent.Hub
 	manager *image.Manager
 	opening *openers
@@ -223,6 +239,11 @@ func (c *leader) waits() error {
 // when the Lease is lost.
 func (c *leader) lead(process, leads context.Context, served <-chan struct{}) error {
 	log := klog.FromContext(leads)
+	if c.own != nil {
+		if err := c.own.Renew(leads); err != nil {
+			return err
+		}
+	}
 	l, err := tls.Listen("tcp", c.options.agentsEndpoint, c.tls)
 	if err != nil {
 		return fault.New(fault.Invalid, "--agents-endpoint: %w", err)
@@ -252,7 +273,10 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	group.Go(func() error { return c.hub.Serve(work, l, c.manager) })
 	about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Node: c.options.identity, Installation: c.options.installation}
-	group.Go(func() error { return operators.serve(leads, admin.Handler(c.manager, about, c.cluster)) })
+	group.Go(func() error { return operators.serve(leads, admin.Handler(c.manager, about)) })
+	if c.own != nil {
+		group.Go(func() error { c.own.Keep(leads); return nil })
+	}
 	c.standby.Store(nil)
 	c.ready.Store(true)
 	log.Info("This controller leads", "agents", l.Addr().String())
@@ -324,31 +348,4 @@ func (c *leader) open(ctx context.Context, e domain.Entry, node string) (engine.
 		}
 		return err
 	}, nil
-}
-
-// tell is image.Config.Tell: events of Kubernetes.
-func tell(t *kube.Teller) func(image.Event) {
-	return func(e image.Event) {
-		about := kube.Subject{Name: e.Name, Snapshot: e.Snapshot, Namespace: e.Described.Namespace, Claim: e.Described.Claim, Volume: e.Described.Volume}
-		if e.Snapshot {
-			about.Volume = "" // of its content
-		}
-		t.Tell(about, e.Warning, e.Reason, e.Message)
-	}
-}
-
-// references is admin.Cluster.
-type references struct {
-	client *kube.Client
-	driver string
-}
-
-// References implements admin.Cluster.
-func (r references) References(ctx context.Context) ([]admin.Reference, error) {
-	list, err := r.client.References(ctx, r.driver)
-	out := make([]admin.Reference, 0, len(list))
-	for _, x := range list {
-		out = append(out, admin.Reference(x))
-	}
-	return out, err
 }

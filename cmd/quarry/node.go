@@ -32,6 +32,7 @@ type nodeOptions struct {
 	nodeID, driverName, kubeletDir   string
 	controller, caFile, tokenFile    string
 	registrationDir, kubeletEndpoint string
+	dataDir                          string
 }
 
 func nodeCommand() *cobra.Command {
@@ -62,6 +63,7 @@ that are propagated. When it ends, what is mounted stays in use.`,
 	f.StringVar(&o.tokenFile, "token-file", "/var/run/secrets/quarry/token", "this pod's ServiceAccount token for the audience "+agent.Audience)
 	f.StringVar(&o.registrationDir, "registration-dir", "", "the kubelet's plugins_registry, as seen here, to register in; empty: do not")
 	f.StringVar(&o.kubeletEndpoint, "kubelet-registration-path", "", "the path of --endpoint's socket as the kubelet sees it (default: as seen here)")
+	f.StringVar(&o.dataDir, "data-dir", "", "the folder for domains of this node: a directory below it that a domain names is made when it is missing; empty: none is made")
 	return cmd
 }
 
@@ -74,6 +76,9 @@ func (o *nodeOptions) check() (err error) {
 	}
 	if !filepath.IsAbs(o.kubeletDir) {
 		return fault.New(fault.Invalid, "--kubelet-dir %q must be an absolute path", o.kubeletDir)
+	}
+	if o.dataDir != "" && (!filepath.IsAbs(o.dataDir) || filepath.Clean(o.dataDir) == "/") {
+		return fault.New(fault.Invalid, "--data-dir %q must be an absolute path, and not that of everything", o.dataDir)
 	}
 	if h, _, err := net.SplitHostPort(o.controller); err != nil || h == "" {
 		return fault.New(fault.Invalid, "--controller %q: must be HOST:PORT", o.controller)
@@ -104,6 +109,9 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 		Dial: dialer(o.controller, o.caFile), Token: tokenFrom(o.tokenFile),
 		Open: func(ctx context.Context, kind string, params, secrets map[string]string) (engine.Engine, error) {
 			if err := registry.CheckParams(kind, params); err != nil {
+				return nil, err
+			}
+			if err := makeBelow(o.dataDir, params[registry[kind].Directory]); err != nil {
 				return nil, err
 			}
 			return registry[kind].Open(ctx, params, secrets)
@@ -153,4 +161,20 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 	err = group.Wait()
 	klog.FromContext(ctx).Info("Stopped")
 	return err
+}
+
+// makeBelow makes a domain's directory if it is to be below dir. Elsewhere a missing one
+// may be the mount point of a disk that is not there.
+func makeBelow(dir, path string) error {
+	if dir == "" || !filepath.IsAbs(path) {
+		return nil
+	}
+	below, err := filepath.Rel(dir, path)
+	if err != nil || below == "." || !filepath.IsLocal(below) {
+		return nil
+	}
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return fault.New(fault.Unavailable, "make a domain's directory below --data-dir %s: %w", dir, err)
+	}
+	return nil
 }

@@ -29,7 +29,11 @@ func (c *certificate) config() (*tls.Config, error) {
 	if _, err := c.get(nil); err != nil {
 		return nil, err
 	}
-	return &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: c.get}, nil
+	return tlsConfig(c.get), nil
+}
+
+func tlsConfig(get func(*tls.ClientHelloInfo) (*tls.Certificate, error)) *tls.Config {
+	return &tls.Config{MinVersion: tls.VersionTLS13, GetCertificate: get}
 }
 
 func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {

@@ -4,12 +4,23 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
 // maxFile is the largest configuration or secrets file in bytes.
 const maxFile = 1 << 20
+
+// othersUse are the bits of a mode that let others use a file. One that belongs to
+// somebody else reaches an unprivileged process through its group: so Kubernetes
+// mounts secrets.
+func othersUse(info os.FileInfo) os.FileMode {
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() != 0 && int(st.Uid) != os.Geteuid() {
+		return 0o037
+	}
+	return 0o077
+}
 
 // readSecrets reads a YAML map of strings. No error shows any of its content.
 func readSecrets(path string) (Secrets, error) {
@@ -24,7 +35,7 @@ func readSecrets(path string) (Secrets, error) {
 		return nil, fault.New(fault.Invalid, "%w", err)
 	case !info.Mode().IsRegular():
 		return nil, fault.New(fault.Invalid, "%s is not a regular file", path)
-	case info.Mode().Perm()&0o077 != 0:
+	case info.Mode().Perm()&othersUse(info) != 0:
 		return nil, fault.New(fault.Invalid, "%s has mode %04o, so that others than its owner can use it: chmod 0600 %s", path, info.Mode().Perm(), path)
 	case info.Size() > maxFile:
 		return nil, fault.New(fault.Invalid, "%s has %d bytes: at most %d are allowed", path, info.Size(), maxFile)

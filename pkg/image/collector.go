@@ -81,7 +81,6 @@ func (d *domain) collect(ctx context.Context) error {
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))
 	}
-	d.tellStates()
 	return errors.Join(errs...)
 }
 

@@ -103,9 +103,7 @@ type Image struct {
 	Layout  Layout
 	Mutable bool
 	Size    int64 // bytes
-	// Promised are the bytes of its domain that it may come to need.
-	Promised int64
-	Slab     string
+	Slab    string
 	// Source is the handle of the volume or snapshot that it was made from, or "".
 	// SourceMutable says that it is a volume.
 	Source        string
