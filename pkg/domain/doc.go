@@ -13,7 +13,7 @@
 //	  overcommit: 1.0            # how many times the capacity may be promised
 //	  capacityLimit: 100Gi       # a Kubernetes quantity or bytes
 //	  backgroundRate: 50Mi       # bytes per second
-//	  secretsFile: secrets.yaml  # a map of strings, mode 0600, beside this file
+//	  secretsFile: secrets.yaml  # a map of strings, mode 0600 (0440 in a pod), beside this file
 //	  aliases: [old-name]        # former names, whose handles stay valid
 //	  takeOver: false            # from another installation
 package domain

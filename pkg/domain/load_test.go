@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"reflect"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
@@ -257,5 +259,50 @@ func TestOpenKeepsTheEnginesKindAndNamesTheDomain(t *testing.T) {
 	_, err = testRegistry().Open(context.Background(), Entry{Name: "local", Engine: "zfs"})
 	if !errors.Is(err, fault.Invalid) {
 		t.Errorf("got %v", err)
+	}
+}
+
+// Kubernetes mounts a secret for root and the group of a pod, with mode 0440.
+func TestAProcessWithoutPrivilegeReadsSecretsThroughItsGroup(t *testing.T) {
+	if path := os.Getenv("QUARRY_TEST_SECRET"); path != "" {
+		s, err := readSecrets(path)
+		fmt.Printf("read %q, %v\n", s["password"], err)
+		return
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("giving files away needs root")
+	}
+	dir, err := os.MkdirTemp("", "quarry-secrets")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, "secrets.yaml")
+	if err := os.WriteFile(path, []byte("password: hunter2\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Chown(path, 0, 65532); err != nil {
+		t.Fatal(err)
+	}
+	for mode, want := range map[os.FileMode]string{0o440: `read "hunter2", <nil>`, 0o640: `read "hunter2", <nil>`, 0o444: "mode 0444", 0o460: "mode 0460"} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("/proc/self/exe", "-test.run=^"+t.Name()+"$", "-test.v")
+		cmd.Dir, cmd.Env = dir, []string{"QUARRY_TEST_SECRET=" + path}
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65532, Gid: 65532}}
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("%04o: %v, %s: want %s", mode, err, out, want)
+		}
+	}
+	// To root, who reads everything, the group is others.
+	if err := os.Chmod(path, 0o440); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := readSecrets(path); !errors.Is(err, fault.Invalid) {
+		t.Error(err)
 	}
 }

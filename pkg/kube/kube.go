@@ -1,7 +1,7 @@
 // Package kube is what Quarry asks of Kubernetes: who an agent is
 // (TokenReview), which controller leads (Lease), which installation this is,
 // which Nodes there are and whether one is out of service, and, on a node, that the
-// kubelet takes the driver up.
+// kubelet takes the driver up, and a Secret for the controller's own certificate.
 //
 // It keeps nothing and caches nothing: every answer is of the moment it was
 // asked for. Errors of the API get their kind in one place, kindOf.
