@@ -109,7 +109,7 @@ func TestSidecarsHaveTheRightsTheyAskFor(t *testing.T) {
 
 func TestQuarrysOwnRights(t *testing.T) {
 	want := rights{
-		"create authentication.k8s.io/tokenreviews": true, "get /nodes": true, "get /namespaces kube-system": true,
+		"create authentication.k8s.io/tokenreviews": true, "get /nodes": true, "list /nodes": true, "get /namespaces kube-system": true,
 		"create coordination.k8s.io/leases": true, "get coordination.k8s.io/leases quarry-controller": true, "update coordination.k8s.io/leases quarry-controller": true,
 		"get /secrets quarry-controller-tls": true, "update /secrets quarry-controller-tls": true,
 		"get /configmaps quarry-controller-ca": true, "update /configmaps quarry-controller-ca": true,
