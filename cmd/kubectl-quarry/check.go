@@ -27,6 +27,9 @@ changing nothing and holding nothing up. The kinds of finding:
 
 ` + kindsHelp + `
 
+In Kubernetes it also reports images that no PersistentVolume or VolumeSnapshotContent
+names, and those of these whose image is not there. Nothing ever acts upon these.
+
 Exit status: 0, nothing needs a person (findings that Quarry deals with by
 itself may be there); 2, something is to be mended or only a person can help, or
 a domain could not be checked; 1, the check itself failed.`,
@@ -55,7 +58,7 @@ a domain could not be checked; 1, the check itself failed.`,
 			case n > 0:
 				return needsPerson{fmt.Sprintf("%d of %d findings need a person: kubectl quarry fix shows what can be done.", n, len(checked.Findings))}
 			case len(checked.Unchecked) > 0:
-				return needsPerson{"Not every domain could be checked."}
+				return needsPerson{"Not everything could be checked."}
 			}
 			return nil
 		},
@@ -71,6 +74,10 @@ func first(args []string) string {
 
 func (c *cli) unchecked(domains map[string]string) {
 	for _, d := range slices.Sorted(maps.Keys(domains)) {
+		if d == admin.Kubernetes {
+			fmt.Fprintf(c.err, "What Kubernetes knows could not be checked: %s\n", domains[d])
+			continue
+		}
 		fmt.Fprintf(c.err, "Domain %q could not be checked: %s\n", d, domains[d])
 	}
 }
@@ -169,7 +176,7 @@ func fixStatus(r admin.FixResult) error {
 	case r.Applied && failed > 0:
 		return needsPerson{fmt.Sprintf("%d of %d findings were not fixed.", failed, len(r.Results))}
 	case len(r.Unchecked) > 0:
-		return needsPerson{"Not every domain could be checked."}
+		return needsPerson{"Not everything could be checked."}
 	}
 	return nil
 }

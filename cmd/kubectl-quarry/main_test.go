@@ -56,6 +56,15 @@ func (*fake) All(context.Context) []image.Image {
 	}}
 }
 
+func (f *fake) Usage(ctx context.Context) []image.Use {
+	var out []image.Use
+	for _, i := range f.All(ctx) {
+		i.Promised = i.Size
+		out = append(out, image.Use{Image: i, Allocated: i.Size / 2, Measured: i.Layout == image.LayoutImage})
+	}
+	return out
+}
+
 func (*fake) Operations() []image.Operation {
 	return []image.Operation{{
 		ID: "op1", Op: "create volume", Domain: "local.0000002a", Image: "v3", Name: "pvc-3", Done: 43, Total: 100,
@@ -88,7 +97,7 @@ func serve(t *testing.T, m admin.Manager) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- admin.Serve(ctx, l, admin.Handler(m, admin.Version{Version: "v1"}), time.Minute) }()
+	go func() { ended <- admin.Serve(ctx, l, admin.Handler(m, admin.Version{Version: "v1"}, nil), time.Minute) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
@@ -129,6 +138,16 @@ local.0000002a/s2   snap-1   snapshot   image    1Gi    optimized,inexact   nati
 		"operations": {`
 OPERATION       DOMAIN           IMAGE   NAME    PROGRESS   PATH      STEP                                      AGE
 create volume   local.0000002a   v3      pvc-3   43%        default   copying 43% of 20 GiB from nas to local   90s
+`, ""},
+		"usage": {`
+NAMESPACE   VOLUMES   SNAPSHOTS   SIZE    PROMISED   ALLOCATED
+<none>      1         1           2.5Gi   2.5Gi      1.2Gi+
+shop        1         0           1Gi     1Gi        512Mi
+`, ""},
+		"usage -o wide": {`
+NAMESPACE   DOMAIN           VOLUMES   SNAPSHOTS   SIZE    PROMISED   ALLOCATED
+<none>      local.0000002a   1         1           2.5Gi   2.5Gi      1.2Gi+
+shop        local.0000002a   1         0           1Gi     1Gi        512Mi
 `, ""},
 		"chain snap-1": {`
 LINEAGE                       NAME            KIND       SIZE    STATE               HOW               AGE
@@ -212,7 +231,7 @@ func TestExitStatus(t *testing.T) {
 		"fix local --kind clean":      {0, "Dry run: nothing was changed. Add --yes to do it."},
 		"fix local --yes --id f1":     {0, ""},
 		"fix local --yes":             {2, "1 of 2 findings were not fixed."},
-		"fix --yes --id f1":           {2, "Not every domain could be checked."},
+		"fix --yes --id f1":           {2, "Not everything could be checked."},
 		"fix --kind cleen":            {1, `error: --kind "cleen" is not allowed: clean, optimize, merge, mend or report`},
 		"check none":                  {1, `error: domain "none" is not configured: there are local, nas`},
 		"images -o xml":               {1, `error: --output "xml" is not allowed: table, wide, json or yaml`},

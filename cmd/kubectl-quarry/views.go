@@ -185,3 +185,54 @@ func (c *cli) operationsCommand() *cobra.Command {
 		},
 	}
 }
+
+func (c *cli) usageCommand() *cobra.Command {
+	return &cobra.Command{
+		Use: "usage", Short: "Add up what the volumes and snapshots of each namespace take", Args: cobra.NoArgs,
+		Long: `Add up what the volumes and snapshots of each namespace take; with -o wide, json or yaml
+in each domain.
+
+SIZE is what users see, PROMISED what domains keep for them, ALLOCATED what their slabs
+have now: blocks that several share count for each of them. What was deleted and still has its slab counts
+for these two. A + says that of some nobody can tell.`,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			all, err := ask(cmd.Context(), c, func(q *admin.Client) ([]admin.NamespaceUsage, error) { return q.Usage(cmd.Context()) })
+			if err != nil {
+				return err
+			}
+			return c.print(all, func(w io.Writer, wide bool) error { return c.usageTable(w, all, wide) })
+		},
+	}
+}
+
+func (c *cli) usageTable(w io.Writer, all []admin.NamespaceUsage, wide bool) error {
+	if len(all) == 0 {
+		return c.empty("images")
+	}
+	header := []string{"NAMESPACE", "VOLUMES", "SNAPSHOTS", "SIZE", "PROMISED", "ALLOCATED"}
+	if wide {
+		header = slices.Insert(header, 1, "DOMAIN")
+	}
+	t := newTable(header...)
+	for i := 0; i < len(all); {
+		sum := all[i]
+		for i++; !wide && i < len(all) && all[i].Namespace == sum.Namespace; i++ {
+			sum.Volumes += all[i].Volumes
+			sum.Snapshots += all[i].Snapshots
+			sum.Size += all[i].Size
+			sum.Promised += all[i].Promised
+			sum.Allocated += all[i].Allocated
+			sum.Unmeasured += all[i].Unmeasured
+		}
+		allocated := size(sum.Allocated)
+		if sum.Unmeasured > 0 {
+			allocated += "+"
+		}
+		cells := []string{sum.Namespace, fmt.Sprint(sum.Volumes), fmt.Sprint(sum.Snapshots), size(sum.Size), size(sum.Promised), allocated}
+		if wide {
+			cells = slices.Insert(cells, 1, sum.Domain)
+		}
+		t.add(cells...)
+	}
+	return t.write(w)
+}

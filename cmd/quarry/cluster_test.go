@@ -45,10 +45,13 @@ type api struct {
 	leases map[string]map[string]any // by path; and Secrets and ConfigMaps
 	count  int
 	known  map[string]bool // nodes with the driver's label: ready
+	// objects by path, as JSON; events as they were written, by reason.
+	objects map[string]string
+	events  map[string]map[string]any
 }
 
 func newAPI(t *testing.T) *api {
-	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}, known: map[string]bool{}}
+	a := &api{tokens: map[string]string{}, leases: map[string]map[string]any{}, known: map[string]bool{}, objects: map[string]string{}, events: map[string]map[string]any{}}
 	a.Server = httptest.NewServer(a)
 	t.Cleanup(a.Close)
 	return a
@@ -58,7 +61,7 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	var body map[string]any
-	if data, _ := io.ReadAll(r.Body); len(data) > 0 { // clients send Protobuf, and take JSON
+	if data, _ := io.ReadAll(r.Body); len(data) > 0 && r.Method != http.MethodPatch { // clients send Protobuf, and take JSON
 		object, _, err := scheme.Codecs.UniversalDeserializer().Decode(data, nil, nil)
 		if err != nil {
 			panic(err)
@@ -122,6 +125,12 @@ func (a *api) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		answer(http.StatusOK, body)
 	case kept(path):
 		answer(http.StatusOK, a.leases[path])
+	case strings.HasSuffix(path, "/events") && r.Method == http.MethodPost:
+		a.events[body["reason"].(string)] = body
+		answer(http.StatusCreated, body)
+	case a.objects[path] != "":
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, a.objects[path])
 	default:
 		refuse(http.StatusNotFound, "NotFound")
 	}
@@ -438,18 +447,39 @@ func TestADomainOfEachNode(t *testing.T) {
 	c := newCluster(t, oneDomain)
 	controller := c.controller("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
-	request := &csi.CreateVolumeRequest{Name: "v", Parameters: map[string]string{"domain": "local"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
+	request := &csi.CreateVolumeRequest{Name: "pvc-u1", Parameters: map[string]string{"domain": "local", "csi.storage.k8s.io/pvc/name": "data", "csi.storage.k8s.io/pvc/namespace": "shop"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
 	_, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
 	if status.Code(err) != codes.Unavailable {
 		t.Fatalf("a volume is asked for before any node has come: %v", err)
 	}
 	agent := c.agent("n1")
+	c.api.mu.Lock()
+	c.api.objects["/api/v1/namespaces/shop/persistentvolumeclaims/data"] = `{"kind":"PersistentVolumeClaim","apiVersion":"v1","metadata":{"namespace":"shop","name":"data","uid":"u1"}}`
+	c.api.mu.Unlock()
 	var v *csi.Volume
 	c.wait("the node's domain to be open", func() bool {
 		r, err := csi.NewControllerClient(c.at("c1")).CreateVolume(t.Context(), request)
 		v = r.GetVolume()
 		return err == nil
 	})
+	domain, _, _ := strings.Cut(v.GetVolumeId(), "/")
+	c.api.mu.Lock()
+	c.api.objects["/api/v1/persistentvolumes"] = `{"kind":"PersistentVolumeList","apiVersion":"v1","items":[{"metadata":{"name":"lost"},"spec":{"csi":{"driver":"csi.quarry.dev","volumeHandle":"` + domain + `/gone"}}},
+		{"metadata":{"name":"pvc-u1"},"spec":{"csi":{"driver":"csi.quarry.dev","volumeHandle":"` + v.GetVolumeId() + `"}}}]}`
+	c.api.mu.Unlock()
+	c.wait("an event on the claim", func() bool {
+		c.api.mu.Lock()
+		defer c.api.mu.Unlock()
+		e := c.api.events["QuarryCreated"]
+		return e != nil && e["involvedObject"].(map[string]any)["uid"] == "u1" && strings.Contains(fmt.Sprint(e["message"]), "native: new slab")
+	})
+	e, err := admin.ParseEndpoint(c.path("c1-admin.sock"))
+	c.must(err)
+	checked, err := admin.NewClient(e).Check(t.Context(), "local")
+	c.must(err)
+	if len(checked.Findings) != 1 || checked.Findings[0].Object != "PersistentVolume/lost" || len(checked.Unchecked) > 0 {
+		t.Errorf("checked against Kubernetes: %+v", checked)
+	}
 	if top := v.GetAccessibleTopology(); !strings.HasPrefix(v.GetVolumeId(), "local.") || len(top) != 1 || top[0].GetSegments()["csi.quarry.dev/node"] != "n1" {
 		t.Errorf("the volume is %v", v)
 	}

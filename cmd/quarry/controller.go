@@ -145,7 +145,7 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	}
 	c := &leader{options: o, entries: entries, metrics: newMetrics(), list: func(ctx context.Context) ([]kube.TopologyNode, error) {
 		return client.TopologyNodes(ctx, csi.TopologyKey)
-	}}
+	}, cluster: references{client, cmp.Or(o.driverName, csi.DriverName)}}
 	if o.own.Secret != "" {
 		if c.own, err = kube.NewCertificate(client, o.own); err != nil {
 			return err
@@ -171,7 +171,9 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 		return err
 	}
 	c.hub = agent.NewHub(agent.HubConfig{Release: version, Admit: admit.Admit, Joined: c.joined})
-	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService, WaitFor: c.waitsFor, BindNodes: true})
+	teller := kube.NewTeller(client)
+	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService,
+		WaitFor: c.waitsFor, BindNodes: true, Tell: tell(teller)})
 	c.metrics.watchDomains(c.manager)
 	c.opening = &openers{manager: c.manager, open: c.open}
 	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits,
@@ -186,6 +188,10 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 			return admin.Serve(ctx, metricsSocket, c.metrics.handler(&c.ready, domainsOf(c.manager)), adminGrace)
 		})
 	}
+	group.Go(func() error {
+		teller.Run(ctx)
+		return nil
+	})
 	served := make(chan struct{})
 	group.Go(func() error {
 		defer close(served)
@@ -211,6 +217,7 @@ type leader struct {
 	tls     *tls.Config
 	own     *kube.Certificate // nil: it is in files, and somebody else's to renew
 	metrics *metrics
+	cluster admin.Cluster
 	hub     *agent.Hub
 	manager *image.Manager
 	opening *openers
@@ -273,7 +280,7 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	group.Go(func() error { return c.hub.Serve(work, l, c.manager) })
 	about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Node: c.options.identity, Installation: c.options.installation}
-	group.Go(func() error { return operators.serve(leads, admin.Handler(c.manager, about)) })
+	group.Go(func() error { return operators.serve(leads, admin.Handler(c.manager, about, c.cluster)) })
 	if c.own != nil {
 		group.Go(func() error { c.own.Keep(leads); return nil })
 	}
@@ -348,4 +355,31 @@ func (c *leader) open(ctx context.Context, e domain.Entry, node string) (engine.
 		}
 		return err
 	}, nil
+}
+
+// tell is image.Config.Tell: events of Kubernetes.
+func tell(t *kube.Teller) func(image.Event) {
+	return func(e image.Event) {
+		about := kube.Subject{Name: e.Name, Snapshot: e.Snapshot, Namespace: e.Described.Namespace, Claim: e.Described.Claim, Volume: e.Described.Volume}
+		if e.Snapshot {
+			about.Volume = "" // of its content
+		}
+		t.Tell(about, e.Warning, e.Reason, e.Message)
+	}
+}
+
+// references is admin.Cluster.
+type references struct {
+	client *kube.Client
+	driver string
+}
+
+// References implements admin.Cluster.
+func (r references) References(ctx context.Context) ([]admin.Reference, error) {
+	list, err := r.client.References(ctx, r.driver)
+	out := make([]admin.Reference, 0, len(list))
+	for _, x := range list {
+		out = append(out, admin.Reference(x))
+	}
+	return out, err
 }

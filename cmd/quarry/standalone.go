@@ -94,7 +94,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Node: o.nodeID, Installation: o.installation,
 	}
-	group.Go(func() error { return operators.serve(ctx, admin.Handler(manager, about)) })
+	group.Go(func() error { return operators.serve(ctx, admin.Handler(manager, about, nil)) })
 	ready.Store(true)
 	klog.FromContext(ctx).Info("Started", "version", version, "node", o.nodeID, "installation", o.installation,
 		"endpoint", o.csi.String(), "adminEndpoint", o.admin, "domains", len(entries))

@@ -25,6 +25,7 @@ type fake struct {
 	domains    []image.DomainInfo
 	images     []image.Image
 	operations []image.Operation
+	usage      []image.Use
 	findings   map[string][]image.Finding
 	checkErr   error
 	fixErr     error
@@ -40,6 +41,7 @@ func (f *fake) Domains(context.Context) []image.DomainInfo {
 }
 func (f *fake) All(context.Context) []image.Image { return f.images }
 func (f *fake) Operations() []image.Operation     { return f.operations }
+func (f *fake) Usage(context.Context) []image.Use { return f.usage }
 func (f *fake) Check(_ context.Context, domain string) ([]image.Finding, error) {
 	return f.findings[domain], f.checkErr
 }
@@ -64,7 +66,7 @@ func start(t *testing.T, f *fake) (*Client, Endpoint) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- Serve(ctx, l, Handler(f, Version{Version: "v1", Node: "n1"}), 5*time.Second) }()
+	go func() { ended <- Serve(ctx, l, Handler(f, Version{Version: "v1", Node: "n1"}, nil), 5*time.Second) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {
@@ -391,7 +393,7 @@ func TestServeLetsAnAnswerFinishAndNoLonger(t *testing.T) {
 			t.Fatal(err)
 		}
 		arrived := make(chan struct{})
-		inner := Handler(f, Version{})
+		inner := Handler(f, Version{}, nil)
 		h := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) { close(arrived); inner.ServeHTTP(w, r) })
 		grace := time.Minute
 		if !patient {

@@ -54,6 +54,11 @@ func (c *Client) Operations(ctx context.Context) ([]Operation, error) {
 	return ask[[]Operation](ctx, c, http.MethodGet, "/v1/operations", nil, nil)
 }
 
+// Usage by namespace and domain, in that order.
+func (c *Client) Usage(ctx context.Context) ([]NamespaceUsage, error) {
+	return ask[[]NamespaceUsage](ctx, c, http.MethodGet, "/v1/usage", nil, nil)
+}
+
 // Check a domain (name or ID), or all for "".
 func (c *Client) Check(ctx context.Context, domain string) (Checked, error) {
 	return ask[Checked](ctx, c, http.MethodGet, "/v1/check", url.Values{"domain": {domain}}, nil)

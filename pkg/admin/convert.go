@@ -25,7 +25,7 @@ func domainOf(d image.DomainInfo) Domain {
 
 func imageOf(i image.Image) Image {
 	out := Image{
-		Handle: i.Handle.String(), Name: i.Name, Kind: KindSnapshot, Layout: string(i.Layout), Size: i.Size,
+		Handle: i.Handle.String(), Name: i.Name, Kind: KindSnapshot, Layout: string(i.Layout), Size: i.Size, Promised: i.Promised,
 		Slab: i.Slab, Source: i.Source, Created: i.Created, State: string(i.State), Reason: i.Reason,
 		Ready: i.Ready, Fresh: i.Fresh, Filesystem: i.Filesystem, Group: i.Group, Inexact: i.Inexact,
 		How: i.How, Params: i.Params, Children: i.Children,

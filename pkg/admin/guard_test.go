@@ -26,7 +26,7 @@ func startLoopback(t *testing.T, f *fake) (*Client, net.Addr) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- Serve(ctx, l, Guard(l, Handler(f, Version{Version: "v1"})), 5*time.Second) }()
+	go func() { ended <- Serve(ctx, l, Guard(l, Handler(f, Version{Version: "v1"}, nil)), 5*time.Second) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {

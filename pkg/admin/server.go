@@ -51,15 +51,16 @@ func status(k fault.Kind) int {
 	return http.StatusInternalServerError
 }
 
-// Handler serves the operator's requests.
-func Handler(m Manager, v Version) http.Handler {
-	s := server{m: m}
+// Handler serves the operator's requests. cluster is nil without Kubernetes.
+func Handler(m Manager, v Version, cluster Cluster) http.Handler {
+	s := server{m: m, cluster: cluster}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/version", answer(func(*http.Request) (any, error) { return v, nil }))
 	mux.HandleFunc("GET /v1/domains", answer(s.domains))
 	mux.HandleFunc("GET /v1/images", answer(func(r *http.Request) (any, error) { return s.images(r.Context()), nil }))
 	mux.HandleFunc("GET /v1/chain", answer(s.chain))
 	mux.HandleFunc("GET /v1/operations", answer(s.operations))
+	mux.HandleFunc("GET /v1/usage", answer(s.usage))
 	mux.HandleFunc("GET /v1/check", answer(func(r *http.Request) (any, error) {
 		return s.check(r.Context(), r.URL.Query().Get("domain"))
 	}))
@@ -90,7 +91,10 @@ func answer(f func(*http.Request) (any, error)) http.HandlerFunc {
 	}
 }
 
-type server struct{ m Manager }
+type server struct {
+	m       Manager
+	cluster Cluster
+}
 
 func (s server) domains(r *http.Request) (any, error) {
 	out := []Domain{}
@@ -144,7 +148,8 @@ func (s server) findings(ctx context.Context, domain string) ([]image.Finding, m
 	unchecked := map[string]string{}
 	var names []string
 	matched := false
-	for _, d := range s.m.Domains(ctx) {
+	domains := s.m.Domains(ctx)
+	for _, d := range domains {
 		names = append(names, d.Config.Name)
 		if domain != "" && domain != d.ID && domain != d.Config.Name && !slices.Contains(d.Config.Aliases, domain) {
 			continue
@@ -167,6 +172,13 @@ func (s server) findings(ctx context.Context, domain string) ([]image.Finding, m
 	}
 	if domain != "" && !matched {
 		return nil, nil, fault.New(fault.NotFound, "domain %q is not configured: there are %s", domain, strings.Join(names, ", "))
+	}
+	if s.cluster != nil {
+		f, err := s.strangers(ctx, domains, domain)
+		if err != nil {
+			unchecked[Kubernetes] = err.Error()
+		}
+		found = append(found, f...)
 	}
 	slices.SortFunc(found, func(a, b image.Finding) int {
 		return strings.Compare(a.Domain+"/"+a.Object+"/"+a.ID, b.Domain+"/"+b.Object+"/"+b.ID)

@@ -7,6 +7,7 @@
 //	GET  /v1/images
 //	GET  /v1/chain?image=HANDLE|PREFIX|NAME
 //	GET  /v1/operations
+//	GET  /v1/usage
 //	GET  /v1/check?domain=NAME|ID           all domains without it
 //	POST /v1/fix         FixRequest
 //
@@ -25,9 +26,26 @@ import (
 type Manager interface {
 	Domains(ctx context.Context) []image.DomainInfo
 	All(ctx context.Context) []image.Image
+	Usage(ctx context.Context) []image.Use
 	Operations() []image.Operation
 	Check(ctx context.Context, domain string) ([]image.Finding, error)
 	Fix(ctx context.Context, f image.Finding) (string, error)
+}
+
+// Cluster is what the server asks of Kubernetes.
+type Cluster interface {
+	// References lists the objects of Kubernetes that name images.
+	References(ctx context.Context) ([]Reference, error)
+}
+
+// Reference is an object of Kubernetes that names an image.
+type Reference struct {
+	Kind     string // "PersistentVolume" or "VolumeSnapshotContent"
+	Name     string
+	Handle   string
+	Snapshot bool // of a snapshot rather than a volume
+	// Going: it is being deleted, and its image before it.
+	Going bool
 }
 
 // Version says what runs.
@@ -87,6 +105,7 @@ type Image struct {
 	Kind       string            `json:"kind"`
 	Layout     string            `json:"layout"`
 	Size       int64             `json:"size"`
+	Promised   int64             `json:"promised"`
 	Slab       string            `json:"slab,omitempty"`
 	Slabs      []string          `json:"slabs,omitempty"` // from head to base
 	Source     string            `json:"source,omitempty"`
@@ -140,6 +159,21 @@ type Operation struct {
 	Started time.Time `json:"started"`
 	Path    string    `json:"path,omitempty"`
 	Reason  string    `json:"reason,omitempty"`
+}
+
+// NamespaceUsage is the usage of a domain by the claims and snapshots of a namespace. Sizes are in bytes.
+type NamespaceUsage struct {
+	Namespace string `json:"namespace,omitempty"` // empty: of images that no claim is known of
+	Domain    string `json:"domain"`
+	Volumes   int    `json:"volumes"`
+	Snapshots int    `json:"snapshots"`
+	// Size that users see, of those. Promised and Allocated also have what was
+	// deleted and still has its slab.
+	Size      int64 `json:"size"`
+	Promised  int64 `json:"promised"`
+	Allocated int64 `json:"allocated"`
+	// Unmeasured are the images whose allocation nobody can tell.
+	Unmeasured int `json:"unmeasured,omitempty"`
 }
 
 // Finding is something that a check found.

@@ -51,6 +51,9 @@ func (m *Manager) attach(ctx context.Context, op *operation, img *image, node st
 	}
 	want := Attachment{Node: node, Mode: a.Mode, Block: a.Block, ReadOnly: readOnly || a.Mode.ReadOnly()}
 	have, err := img.admits(want)
+	if errors.Is(err, fault.InUse) {
+		img.tell(true, EventAttached, "not attached to node %s: %v", node, err)
+	}
 	if have != nil || err != nil {
 		return value(have), err
 	}
@@ -193,6 +196,7 @@ func (m *Manager) Detach(ctx context.Context, h Handle, node string) error {
 func (m *Manager) detach(ctx context.Context, img *image, node string) error {
 	d := img.d
 	if err := m.confirmUnstaged(ctx, img, node); err != nil {
+		img.tell(true, EventAttached, "not detached from node %s: %v", node, err)
 		return err
 	}
 	if err := d.endAttachment(ctx, img, node); err != nil {

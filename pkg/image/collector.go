@@ -81,6 +81,7 @@ func (d *domain) collect(ctx context.Context) error {
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))
 	}
+	d.tellStates()
 	return errors.Join(errs...)
 }
 

@@ -30,6 +30,7 @@ func (m *Manager) CreateVolume(ctx context.Context, r CreateRequest) (Image, err
 
 func (m *Manager) createVolume(ctx context.Context, op *operation, r CreateRequest) (Image, error) {
 	c := creation{m: m, op: op, r: r}
+	op.about(m, Subject{Name: r.Name, Described: r.Described})
 	if img := m.byName(spaceVolume, r.Name); img != nil {
 		done, err := c.existing(ctx, img)
 		if done || err != nil {
@@ -277,7 +278,11 @@ func (c *creation) fill(ctx context.Context, img *image, rec record, from int64)
 	}
 	c.op.took(h)
 	c.op.stepf("sealing")
-	return c.d.commit(ctx, img, rec, img.id)
+	if err := c.d.commit(ctx, img, rec, img.id); err != nil {
+		return err
+	}
+	c.m.tellCreated(img)
+	return nil
 }
 
 func (c *creation) content(ctx context.Context, img *image, from int64) (how, error) {

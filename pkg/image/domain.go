@@ -84,6 +84,7 @@ type image struct {
 	full           string    // the slab, a layer, that has all its space
 	trimmed        string    // the slab, a snapshot's layer, that has no more than it needs
 	short          error     // why it has not
+	toldState      State     // as its user was last told; see tellStates
 	lastOld        time.Time // when its last superseded revision was deleted
 	found          time.Time // when its leftovers were found at opening; zero: made by this process
 	pending        *pendingTag

@@ -35,6 +35,8 @@ type Config struct {
 	// Observe is told of every operation that ended; may be nil. path is
 	// "native" or "default".
 	Observe func(op, domain, path string, took time.Duration, err error)
+	// Tell is told what the users of images should hear of; may be nil. It must not wait.
+	Tell func(Event)
 	// OutOfService says whether somebody has promised that a node, which cannot be
 	// reached, is off and will write nothing any more: its attachments may end without
 	// its word. nil: nobody ever does.

@@ -34,6 +34,10 @@ type operation struct {
 	how    how
 	result any
 	err    error
+
+	teller  *Manager // told of a long copy; nil: nobody
+	subject Subject
+	told    time.Time
 }
 
 // how an image's content came to be.
@@ -70,8 +74,12 @@ func (o *operation) stepf(format string, args ...any) {
 
 func (o *operation) progress(done, total int64) {
 	o.mu.Lock()
-	defer o.mu.Unlock()
 	o.doneB, o.totalB = done, total
+	e := o.news()
+	o.mu.Unlock()
+	if e != nil {
+		o.teller.tell(*e)
+	}
 }
 
 func (o *operation) took(h how) {
@@ -84,15 +92,20 @@ func (o *operation) took(h how) {
 func (o *operation) view() Operation {
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	v := Operation{ID: o.id, Op: o.verb, Domain: o.domain, Image: o.image, Name: o.name, Step: o.step,
+	v := Operation{ID: o.id, Op: o.verb, Domain: o.domain, Image: o.image, Name: o.name, Step: o.stepText(),
 		Done: o.doneB, Total: o.totalB, Started: o.started}
 	if o.how.reason != "" {
 		v.Path, v.Reason = o.how.path(), o.how.reason
 	}
-	if o.totalB > 0 {
-		v.Step = fmt.Sprintf("%s, %d%% of %s", o.step, o.doneB*100/o.totalB, bytesText(o.totalB))
-	}
 	return v
+}
+
+// stepText is what it is doing, and how far it is. The caller holds o.mu.
+func (o *operation) stepText() string {
+	if o.totalB <= 0 {
+		return o.step
+	}
+	return fmt.Sprintf("%s, %d%% of %s", o.step, o.doneB*100/o.totalB, bytesText(o.totalB))
 }
 
 // describe is one line for an error message.

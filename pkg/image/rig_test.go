@@ -104,6 +104,9 @@ type rig struct {
 	config func(*image.DomainConfig)
 	// mapAgents, if not nil, is asked in place of agents.
 	mapAgents image.Agents
+	// tell is image.Config's; worker, if not nil, is put before the rig's own.
+	tell   func(image.Event)
+	worker func(image.Worker) image.Worker
 	// outOfService is image.Config's.
 	outOfService func(ctx context.Context, node string) (bool, error)
 	*image.Manager
@@ -127,7 +130,11 @@ func (r *rig) start() *rig {
 		asked = r.mapAgents
 	}
 	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: asked}
-	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Worker: worker, Now: r.clock.Now, CollectEvery: -1, OutOfService: r.outOfService})
+	var works image.Worker = worker
+	if r.worker != nil {
+		works = r.worker(worker)
+	}
+	r.Manager = image.New(image.Config{Installation: "test", Agents: asked, Worker: works, Now: r.clock.Now, CollectEvery: -1, OutOfService: r.outOfService, Tell: r.tell})
 	worker.Engines = r.Engine
 	for name, path := range r.dirs {
 		e, err := dir.Open(r.ctx, map[string]string{"path": path}, host.Exec{})

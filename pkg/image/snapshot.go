@@ -43,6 +43,7 @@ func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotR
 		return Image{}, err
 	}
 	defer release()
+	op.about(m, Subject{Name: r.Name, Snapshot: true, Described: r.Described})
 	c := cutting{m: m, op: op, src: src, name: r.Name, inexact: r.Inexact, described: r.Described}
 	if err := c.intend(ctx, opSnapshot, ""); err != nil {
 		return Image{}, err
@@ -55,6 +56,7 @@ func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotR
 			return Image{}, err
 		}
 	}
+	m.tellCreated(c.img)
 	return m.view(c.img), nil
 }
 

@@ -103,7 +103,9 @@ type Image struct {
 	Layout  Layout
 	Mutable bool
 	Size    int64 // bytes
-	Slab    string
+	// Promised are the bytes of its domain that it may come to need.
+	Promised int64
+	Slab     string
 	// Source is the handle of the volume or snapshot that it was made from, or "".
 	// SourceMutable says that it is a volume.
 	Source        string
