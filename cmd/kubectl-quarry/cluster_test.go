@@ -26,7 +26,7 @@ func inCluster(t *testing.T, m admin.Manager) (*reachtest.Cluster, string) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
-		ended <- admin.Serve(ctx, l, admin.Guard(l, admin.Handler(m, admin.Version{Version: "v1"}, nil)), time.Minute)
+		ended <- admin.Serve(ctx, l, admin.Guard(l, admin.Handler(m, admin.Version{Version: "v1", Driver: "csi.quarry.dev"}, nil)), time.Minute)
 	}()
 	t.Cleanup(func() {
 		cancel()

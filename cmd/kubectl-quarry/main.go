@@ -103,7 +103,7 @@ Exit status: 0, done; 1, it could not be done; 2, it was done, and a person has 
 	c.cluster.Bind(root.PersistentFlags())
 	root.PersistentFlags().StringVarP(&c.output, "output", "o", "table", "table, wide, json or yaml")
 	root.AddCommand(c.domainsCommand(), c.imagesCommand(), c.chainCommand(), c.operationsCommand(), c.usageCommand(),
-		c.checkCommand(), c.fixCommand(), c.engineCommand(), c.versionCommand())
+		c.checkCommand(), c.fixCommand(), c.importCommand(), c.engineCommand(), c.versionCommand())
 	return root
 }
 

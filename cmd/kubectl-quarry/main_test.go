@@ -13,6 +13,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
 
@@ -56,6 +57,24 @@ func (*fake) All(context.Context) []image.Image {
 	}}
 }
 
+func (*fake) Topology(domain string) (string, error) {
+	if domain == "nas" {
+		return "", nil
+	}
+	return "n1", nil
+}
+
+func (*fake) Import(_ context.Context, r image.ImportRequest) (image.Image, error) {
+	if r.Source == "gone.img" {
+		return image.Image{}, fault.New(fault.NotFound, "there is no /srv/import/gone.img")
+	}
+	h := image.Handle{Domain: r.Domain, Image: "v9"}
+	if r.DryRun {
+		h.Image = ""
+	}
+	return image.Image{Handle: h, Name: r.Name, Layout: image.LayoutImage, Mutable: true, Size: 3 << 29, Filesystem: map[bool]string{false: "ext4"}[r.Block]}, nil
+}
+
 func (f *fake) Usage(ctx context.Context) []image.Use {
 	var out []image.Use
 	for _, i := range f.All(ctx) {
@@ -97,7 +116,9 @@ func serve(t *testing.T, m admin.Manager) string {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
-	go func() { ended <- admin.Serve(ctx, l, admin.Handler(m, admin.Version{Version: "v1"}, nil), time.Minute) }()
+	go func() {
+		ended <- admin.Serve(ctx, l, admin.Handler(m, admin.Version{Version: "v1", Driver: "csi.quarry.dev"}, nil), time.Minute)
+	}()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-ended; err != nil {

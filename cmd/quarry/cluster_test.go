@@ -484,6 +484,7 @@ func TestADomainOfEachNode(t *testing.T) {
 		t.Errorf("the volume is %v", v)
 	}
 	again(t, csi.NewControllerClient(c.at("c1")).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: v.GetVolumeId()})
+	c.imports("c1", "n1")
 	agent.stop(t)
 	controller.stop(t)
 }
@@ -562,6 +563,30 @@ func TestATakeoverWaitsForNodes(t *testing.T) {
 	}
 	third.stop(t)
 	n2.stop(t)
+}
+
+// imports makes a volume of a file on a node, and reads it there.
+func (c *cluster) imports(controller, node string) {
+	c.t.Helper()
+	e, err := admin.ParseEndpoint(c.path(controller + "-admin.sock"))
+	c.must(err)
+	content := bytes.Repeat([]byte("legacy! "), 1<<17)
+	c.must(os.Mkdir(filepath.Join(c.storage, "import"), 0o755))
+	c.must(os.WriteFile(filepath.Join(c.storage, "import", "disk.img"), content, 0o644))
+	done, err := admin.NewClient(e).Import(c.t.Context(), admin.ImportRequest{Name: "legacy", Domain: "local", Source: "disk.img", Block: true})
+	if err != nil || done.Node != node || done.Driver != "csi.quarry.dev" || done.Image.Size != 1<<20 {
+		c.t.Fatalf("imported %+v, %v", done, err)
+	}
+	device := c.publish(controller, node, done.Image.Handle)
+	f, err := os.Open(device)
+	c.must(err)
+	got, err := io.ReadAll(f)
+	c.must(errors.Join(err, f.Close()))
+	if !bytes.Equal(got, content) {
+		c.t.Errorf("%d bytes were imported, and are not what was in the file", len(got))
+	}
+	c.unpublish(controller, node, done.Image.Handle)
+	again(c.t, csi.NewControllerClient(c.at(controller)).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: done.Image.Handle})
 }
 
 // TestAForgedAgentGetsInNowhere: a token that is none, and one of another node.

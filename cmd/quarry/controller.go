@@ -279,7 +279,7 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	})
 	group.Go(func() error { return c.hub.Serve(work, l, c.manager) })
 	about := admin.Version{Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-		Node: c.options.identity, Installation: c.options.installation}
+		Node: c.options.identity, Installation: c.options.installation, Driver: cmp.Or(c.options.driverName, csi.DriverName)}
 	group.Go(func() error { return operators.serve(leads, admin.Handler(c.manager, about, c.cluster)) })
 	if c.own != nil {
 		group.Go(func() error { c.own.Keep(leads); return nil })

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"runtime"
@@ -92,7 +93,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 	group.Go(func() error { return service.Serve(ctx, o.csi.String()) })
 	about := admin.Version{
 		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
-		Node: o.nodeID, Installation: o.installation,
+		Node: o.nodeID, Installation: o.installation, Driver: cmp.Or(o.driverName, csi.DriverName),
 	}
 	group.Go(func() error { return operators.serve(ctx, admin.Handler(manager, about, nil)) })
 	ready.Store(true)

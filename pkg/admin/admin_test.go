@@ -26,6 +26,7 @@ type fake struct {
 	images     []image.Image
 	operations []image.Operation
 	usage      []image.Use
+	imported   []image.ImportRequest
 	findings   map[string][]image.Finding
 	checkErr   error
 	fixErr     error
@@ -41,6 +42,11 @@ func (f *fake) Domains(context.Context) []image.DomainInfo {
 }
 func (f *fake) All(context.Context) []image.Image { return f.images }
 func (f *fake) Operations() []image.Operation     { return f.operations }
+func (f *fake) Topology(string) (string, error)   { return "n1", nil }
+func (f *fake) Import(_ context.Context, r image.ImportRequest) (image.Image, error) {
+	f.imported = append(f.imported, r)
+	return image.Image{Handle: handle("v1"), Name: r.Name, Mutable: true, Size: 7}, f.fixErr
+}
 func (f *fake) Usage(context.Context) []image.Use { return f.usage }
 func (f *fake) Check(_ context.Context, domain string) ([]image.Finding, error) {
 	return f.findings[domain], f.checkErr

@@ -69,6 +69,11 @@ func (c *Client) Fix(ctx context.Context, r FixRequest) (FixResult, error) {
 	return ask[FixResult](ctx, c, http.MethodPost, "/v1/fix", nil, r)
 }
 
+// Import makes a volume of what lies in a domain's storage.
+func (c *Client) Import(ctx context.Context, r ImportRequest) (Imported, error) {
+	return ask[Imported](ctx, c, http.MethodPost, "/v1/import", nil, r)
+}
+
 func ask[T any](ctx context.Context, c *Client, method, path string, query url.Values, body any) (T, error) {
 	var out T
 	var send io.Reader

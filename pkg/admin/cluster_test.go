@@ -126,3 +126,21 @@ func TestUsageIsAddedUpByNamespaceAndDomain(t *testing.T) {
 		t.Errorf("%+v, %v", got, err)
 	}
 }
+
+func TestImportIsHandedOn(t *testing.T) {
+	f := &fake{}
+	s := httptest.NewServer(Handler(f, Version{Version: "v1", Driver: "csi.quarry.dev"}, nil))
+	t.Cleanup(s.Close)
+	e, err := ParseLoopback("tcp://" + s.Listener.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := NewClient(e).Import(t.Context(), ImportRequest{Name: "v", Domain: "local", Source: "a.img", Filesystem: "ext4", Namespace: "shop", Claim: "data", DryRun: true})
+	want := image.ImportRequest{Name: "v", Domain: "local", Source: "a.img", Filesystem: "ext4", DryRun: true, Described: image.Described{Namespace: "shop", Claim: "data", Volume: "v"}}
+	if err != nil || len(f.imported) != 1 || !reflect.DeepEqual(f.imported[0], want) {
+		t.Errorf("%+v, %v", f.imported, err)
+	}
+	if got.Image.Handle != "local.1/v1" || got.Node != "n1" || got.Driver != "csi.quarry.dev" || !got.DryRun {
+		t.Errorf("%+v", got)
+	}
+}

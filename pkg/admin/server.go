@@ -53,7 +53,7 @@ func status(k fault.Kind) int {
 
 // Handler serves the operator's requests. cluster is nil without Kubernetes.
 func Handler(m Manager, v Version, cluster Cluster) http.Handler {
-	s := server{m: m, cluster: cluster}
+	s := server{m: m, cluster: cluster, driver: v.Driver}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /v1/version", answer(func(*http.Request) (any, error) { return v, nil }))
 	mux.HandleFunc("GET /v1/domains", answer(s.domains))
@@ -65,6 +65,7 @@ func Handler(m Manager, v Version, cluster Cluster) http.Handler {
 		return s.check(r.Context(), r.URL.Query().Get("domain"))
 	}))
 	mux.HandleFunc("POST /v1/fix", answer(s.fix))
+	mux.HandleFunc("POST /v1/import", answer(s.imports))
 	mux.HandleFunc("/", answer(func(r *http.Request) (any, error) {
 		return nil, fault.New(fault.Unsupported, "quarry %s does not know %s %s", v.Version, r.Method, r.URL.Path)
 	}))
@@ -94,6 +95,7 @@ func answer(f func(*http.Request) (any, error)) http.HandlerFunc {
 type server struct {
 	m       Manager
 	cluster Cluster
+	driver  string
 }
 
 func (s server) domains(r *http.Request) (any, error) {
@@ -198,12 +200,34 @@ func (s server) check(ctx context.Context, domain string) (any, error) {
 	return out, nil
 }
 
-func (s server) fix(r *http.Request) (any, error) {
-	var req FixRequest
+// body reads a request: an unknown restriction must not widen what is done.
+func body[T any](r *http.Request) (req T, err error) {
 	dec := json.NewDecoder(r.Body)
-	dec.DisallowUnknownFields() // an unknown restriction must not widen what is done
+	dec.DisallowUnknownFields()
 	if err := dec.Decode(&req); err != nil {
-		return nil, fault.New(fault.Invalid, "fix request: %w", err)
+		return req, fault.New(fault.Invalid, "%s: %w", r.URL.Path, err)
+	}
+	return req, nil
+}
+
+func (s server) imports(r *http.Request) (any, error) {
+	req, err := body[ImportRequest](r)
+	if err != nil {
+		return nil, err
+	}
+	img, err := s.m.Import(r.Context(), image.ImportRequest{Name: req.Name, Domain: req.Domain, Source: req.Source, Block: req.Block, Filesystem: req.Filesystem,
+		Described: image.Described{Namespace: req.Namespace, Claim: req.Claim, Volume: req.Name}, DryRun: req.DryRun})
+	if err != nil {
+		return nil, err
+	}
+	node, err := s.m.Topology(img.Handle.Domain)
+	return Imported{Image: imageOf(img), Driver: s.driver, Node: node, DryRun: req.DryRun}, err
+}
+
+func (s server) fix(r *http.Request) (any, error) {
+	req, err := body[FixRequest](r)
+	if err != nil {
+		return nil, err
 	}
 	found, unchecked, err := s.findings(r.Context(), req.Domain)
 	if err != nil {

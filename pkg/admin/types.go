@@ -10,6 +10,7 @@
 //	GET  /v1/usage
 //	GET  /v1/check?domain=NAME|ID           all domains without it
 //	POST /v1/fix         FixRequest
+//	POST /v1/import      ImportRequest
 //
 // A failure is {"error":{"kind":"not found","message":"..."}} with the words of
 // package fault; the client gives it back as a fault.Error.
@@ -30,6 +31,8 @@ type Manager interface {
 	Operations() []image.Operation
 	Check(ctx context.Context, domain string) ([]image.Finding, error)
 	Fix(ctx context.Context, f image.Finding) (string, error)
+	Import(ctx context.Context, r image.ImportRequest) (image.Image, error)
+	Topology(domain string) (node string, err error)
 }
 
 // Cluster is what the server asks of Kubernetes.
@@ -55,6 +58,7 @@ type Version struct {
 	Platform     string `json:"platform"`
 	Node         string `json:"node,omitempty"`
 	Installation string `json:"installation,omitempty"`
+	Driver       string `json:"driver,omitempty"` // the CSI driver's name
 }
 
 // Domain is a configured domain. Sizes are in bytes.
@@ -216,4 +220,26 @@ type FixResult struct {
 	Applied   bool              `json:"applied"`
 	Results   []Fixed           `json:"results"`
 	Unchecked map[string]string `json:"unchecked,omitempty"`
+}
+
+// ImportRequest asks for a volume of what lies in a domain's storage.
+type ImportRequest struct {
+	Name       string `json:"name"`
+	Domain     string `json:"domain"` // name or ID
+	Source     string `json:"source"`
+	Block      bool   `json:"block,omitempty"`
+	Filesystem string `json:"filesystem,omitempty"`
+	// Namespace and Claim that it is going to be bound to, if that is known.
+	Namespace string `json:"namespace,omitempty"`
+	Claim     string `json:"claim,omitempty"`
+	DryRun    bool   `json:"dryRun,omitempty"`
+}
+
+// Imported is what became, or in a dry run would become, of an import.
+type Imported struct {
+	Image  Image  `json:"image"`
+	Driver string `json:"driver"`
+	// Node that alone reaches it, or "".
+	Node   string `json:"node,omitempty"`
+	DryRun bool   `json:"dryRun,omitempty"`
 }

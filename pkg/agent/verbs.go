@@ -20,6 +20,7 @@ var (
 	_ engine.Fencer           = (*Domain)(nil)
 	_ engine.GroupSnapshotter = (*Domain)(nil)
 	_ engine.Modifier         = (*Domain)(nil)
+	_ engine.Importer         = (*Domain)(nil)
 )
 
 // AttachSlab implements engine.Engine: nobody can use a path on an unknown node. Nodes
@@ -167,4 +168,23 @@ func (d *Domain) SnapshotSlabs(ctx context.Context, sources []string, specs []en
 // ModifySlab runs on a node.
 func (d *Domain) ModifySlab(ctx context.Context, id string, params map[string]string) error {
 	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.ModifySlab(ctx, id, params) })
+}
+
+// Importable runs on a node.
+func (d *Domain) Importable(ctx context.Context, source string) (engine.Importable, error) {
+	ctx, e, err := d.on(ctx)
+	if err != nil {
+		return engine.Importable{}, err
+	}
+	return e.Importable(ctx, source)
+}
+
+// ImportSlab runs on a node.
+func (d *Domain) ImportSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.ImportSlab(ctx, source, spec) })
+}
+
+// KeepSlab runs on a node.
+func (d *Domain) KeepSlab(ctx context.Context, source, id string) error {
+	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.KeepSlab(ctx, source, id) })
 }

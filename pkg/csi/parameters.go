@@ -241,7 +241,7 @@ func names(key, v string, list bool) ([]string, error) {
 func natives(v string) ([]engine.Capability, error) {
 	known := []string{
 		string(engine.CapSnapshot), string(engine.CapClone), string(engine.CapCopy), string(engine.CapMeter), string(engine.CapQuota),
-		string(engine.CapDiff), string(engine.CapFence), string(engine.CapGroup), string(engine.CapModify),
+		string(engine.CapDiff), string(engine.CapFence), string(engine.CapGroup), string(engine.CapModify), string(engine.CapImport),
 	}
 	var out []engine.Capability
 	for _, p := range strings.Split(v, ",") {

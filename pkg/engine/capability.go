@@ -25,6 +25,7 @@ const (
 	CapFence    Capability = "fence"
 	CapGroup    Capability = "groupSnapshot"
 	CapModify   Capability = "modify"
+	CapImport   Capability = "import"
 )
 
 // Snapshotter makes a point-in-time copy of a slab that may be in use. The new
@@ -106,6 +107,28 @@ type Modifier interface {
 	ModifySlab(ctx context.Context, id string, params map[string]string) error
 }
 
+// Importable is something in the storage that can become a slab.
+type Importable struct {
+	// Size and Allocated in bytes.
+	Size, Allocated int64
+	// Holds is what blkid finds in it: "ext4", or "nothing".
+	Holds string
+}
+
+// Importer adopts what lies in the storage beside the slabs, by a name that its type
+// has for such things: a file in a certain folder, a logical volume. No bytes move.
+type Importer interface {
+	// Importable looks at it and changes nothing. fault.NotFound: there is none, and the
+	// error says where it has to be. fault.InUse: somebody has it open. fault.Invalid: it can be no slab.
+	Importable(ctx context.Context, source string) (Importable, error)
+	// ImportSlab makes it a block slab. The kinds are those of Importable and CreateSlab.
+	// Until KeepSlab, DeleteSlab gives it back under its own name, unchanged.
+	ImportSlab(ctx context.Context, source string, spec SlabSpec) error
+	// KeepSlab makes an import final: the slab has no other name any more. What is final
+	// already is success.
+	KeepSlab(ctx context.Context, source, id string) error
+}
+
 // Narrower is implemented by an engine whose type has more methods than its
 // storage has capabilities: a remote engine's proxy, or an engine that found
 // out at opening what its file system can do.
@@ -125,6 +148,7 @@ type Capabilities struct {
 	Fencer           Fencer
 	GroupSnapshotter GroupSnapshotter
 	Modifier         Modifier
+	Importer         Importer
 }
 
 // Discover finds the capabilities of an engine. Call it once, at opening.
@@ -139,6 +163,7 @@ func Discover(e Engine) Capabilities {
 		Fencer:           discover[Fencer](e, CapFence),
 		GroupSnapshotter: discover[GroupSnapshotter](e, CapGroup),
 		Modifier:         discover[Modifier](e, CapModify),
+		Importer:         discover[Importer](e, CapImport),
 	}
 }
 
@@ -171,6 +196,7 @@ func (c Capabilities) List() []Capability {
 	add(c.Fencer != nil, CapFence)
 	add(c.GroupSnapshotter != nil, CapGroup)
 	add(c.Modifier != nil, CapModify)
+	add(c.Importer != nil, CapImport)
 	return out
 }
 

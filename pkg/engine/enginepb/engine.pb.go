@@ -181,7 +181,7 @@ type OpenResponse struct {
 	Release string `protobuf:"bytes,4,opt,name=release,proto3" json:"release,omitempty"`
 	// capabilities: what the storage behind this domain does natively. Each has a
 	// service of its own below: "snapshot", "clone", "copy", "meter", "quota", "diff",
-	// "fence", "groupSnapshot", "modify".
+	// "fence", "groupSnapshot", "modify", "import".
 	Capabilities []string `protobuf:"bytes,5,rep,name=capabilities,proto3" json:"capabilities,omitempty"`
 	// modify_params, with "modify": the parameters taken, with a line of help each.
 	ModifyParams  map[string]string `protobuf:"bytes,6,rep,name=modify_params,json=modifyParams,proto3" json:"modify_params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -2743,6 +2743,313 @@ func (x *ModifySlabResponse) GetDeclined() bool {
 	return false
 }
 
+type ImportableRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Domain string                 `protobuf:"bytes,1,opt,name=domain,proto3" json:"domain,omitempty"`
+	// source is a name that the type of storage has for such things.
+	Source        string `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportableRequest) Reset() {
+	*x = ImportableRequest{}
+	mi := &file_engine_proto_msgTypes[49]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportableRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportableRequest) ProtoMessage() {}
+
+func (x *ImportableRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_engine_proto_msgTypes[49]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportableRequest.ProtoReflect.Descriptor instead.
+func (*ImportableRequest) Descriptor() ([]byte, []int) {
+	return file_engine_proto_rawDescGZIP(), []int{49}
+}
+
+func (x *ImportableRequest) GetDomain() string {
+	if x != nil {
+		return x.Domain
+	}
+	return ""
+}
+
+func (x *ImportableRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+type ImportableResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// size and allocated in bytes.
+	Size      int64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
+	Allocated int64 `protobuf:"varint,2,opt,name=allocated,proto3" json:"allocated,omitempty"`
+	// holds is what blkid finds in it, or "nothing".
+	Holds         string `protobuf:"bytes,3,opt,name=holds,proto3" json:"holds,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportableResponse) Reset() {
+	*x = ImportableResponse{}
+	mi := &file_engine_proto_msgTypes[50]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportableResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportableResponse) ProtoMessage() {}
+
+func (x *ImportableResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_engine_proto_msgTypes[50]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportableResponse.ProtoReflect.Descriptor instead.
+func (*ImportableResponse) Descriptor() ([]byte, []int) {
+	return file_engine_proto_rawDescGZIP(), []int{50}
+}
+
+func (x *ImportableResponse) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *ImportableResponse) GetAllocated() int64 {
+	if x != nil {
+		return x.Allocated
+	}
+	return 0
+}
+
+func (x *ImportableResponse) GetHolds() string {
+	if x != nil {
+		return x.Holds
+	}
+	return ""
+}
+
+type ImportSlabRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Domain        string                 `protobuf:"bytes,1,opt,name=domain,proto3" json:"domain,omitempty"`
+	Source        string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Spec          *SlabSpec              `protobuf:"bytes,3,opt,name=spec,proto3" json:"spec,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportSlabRequest) Reset() {
+	*x = ImportSlabRequest{}
+	mi := &file_engine_proto_msgTypes[51]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportSlabRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportSlabRequest) ProtoMessage() {}
+
+func (x *ImportSlabRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_engine_proto_msgTypes[51]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportSlabRequest.ProtoReflect.Descriptor instead.
+func (*ImportSlabRequest) Descriptor() ([]byte, []int) {
+	return file_engine_proto_rawDescGZIP(), []int{51}
+}
+
+func (x *ImportSlabRequest) GetDomain() string {
+	if x != nil {
+		return x.Domain
+	}
+	return ""
+}
+
+func (x *ImportSlabRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *ImportSlabRequest) GetSpec() *SlabSpec {
+	if x != nil {
+		return x.Spec
+	}
+	return nil
+}
+
+type ImportSlabResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ImportSlabResponse) Reset() {
+	*x = ImportSlabResponse{}
+	mi := &file_engine_proto_msgTypes[52]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ImportSlabResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ImportSlabResponse) ProtoMessage() {}
+
+func (x *ImportSlabResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_engine_proto_msgTypes[52]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ImportSlabResponse.ProtoReflect.Descriptor instead.
+func (*ImportSlabResponse) Descriptor() ([]byte, []int) {
+	return file_engine_proto_rawDescGZIP(), []int{52}
+}
+
+type KeepSlabRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Domain        string                 `protobuf:"bytes,1,opt,name=domain,proto3" json:"domain,omitempty"`
+	Source        string                 `protobuf:"bytes,2,opt,name=source,proto3" json:"source,omitempty"`
+	Id            string                 `protobuf:"bytes,3,opt,name=id,proto3" json:"id,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepSlabRequest) Reset() {
+	*x = KeepSlabRequest{}
+	mi := &file_engine_proto_msgTypes[53]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepSlabRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepSlabRequest) ProtoMessage() {}
+
+func (x *KeepSlabRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_engine_proto_msgTypes[53]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepSlabRequest.ProtoReflect.Descriptor instead.
+func (*KeepSlabRequest) Descriptor() ([]byte, []int) {
+	return file_engine_proto_rawDescGZIP(), []int{53}
+}
+
+func (x *KeepSlabRequest) GetDomain() string {
+	if x != nil {
+		return x.Domain
+	}
+	return ""
+}
+
+func (x *KeepSlabRequest) GetSource() string {
+	if x != nil {
+		return x.Source
+	}
+	return ""
+}
+
+func (x *KeepSlabRequest) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+type KeepSlabResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *KeepSlabResponse) Reset() {
+	*x = KeepSlabResponse{}
+	mi := &file_engine_proto_msgTypes[54]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *KeepSlabResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*KeepSlabResponse) ProtoMessage() {}
+
+func (x *KeepSlabResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_engine_proto_msgTypes[54]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use KeepSlabResponse.ProtoReflect.Descriptor instead.
+func (*KeepSlabResponse) Descriptor() ([]byte, []int) {
+	return file_engine_proto_rawDescGZIP(), []int{54}
+}
+
 var File_engine_proto protoreflect.FileDescriptor
 
 const file_engine_proto_rawDesc = "" +
@@ -2924,7 +3231,24 @@ const file_engine_proto_rawDesc = "" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"0\n" +
 	"\x12ModifySlabResponse\x12\x1a\n" +
-	"\bdeclined\x18\x01 \x01(\bR\bdeclined*;\n" +
+	"\bdeclined\x18\x01 \x01(\bR\bdeclined\"C\n" +
+	"\x11ImportableRequest\x12\x16\n" +
+	"\x06domain\x18\x01 \x01(\tR\x06domain\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\"\\\n" +
+	"\x12ImportableResponse\x12\x12\n" +
+	"\x04size\x18\x01 \x01(\x03R\x04size\x12\x1c\n" +
+	"\tallocated\x18\x02 \x01(\x03R\tallocated\x12\x14\n" +
+	"\x05holds\x18\x03 \x01(\tR\x05holds\"s\n" +
+	"\x11ImportSlabRequest\x12\x16\n" +
+	"\x06domain\x18\x01 \x01(\tR\x06domain\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12.\n" +
+	"\x04spec\x18\x03 \x01(\v2\x1a.quarry.engine.v1.SlabSpecR\x04spec\"\x14\n" +
+	"\x12ImportSlabResponse\"Q\n" +
+	"\x0fKeepSlabRequest\x12\x16\n" +
+	"\x06domain\x18\x01 \x01(\tR\x06domain\x12\x16\n" +
+	"\x06source\x18\x02 \x01(\tR\x06source\x12\x0e\n" +
+	"\x02id\x18\x03 \x01(\tR\x02id\"\x12\n" +
+	"\x10KeepSlabResponse*;\n" +
 	"\x04Kind\x12\x14\n" +
 	"\x10KIND_UNSPECIFIED\x10\x00\x12\x0e\n" +
 	"\n" +
@@ -2968,7 +3292,13 @@ const file_engine_proto_rawDesc = "" +
 	"\rSnapshotSlabs\x12&.quarry.engine.v1.SnapshotSlabsRequest\x1a'.quarry.engine.v1.SnapshotSlabsResponse2c\n" +
 	"\bModifier\x12W\n" +
 	"\n" +
-	"ModifySlab\x12#.quarry.engine.v1.ModifySlabRequest\x1a$.quarry.engine.v1.ModifySlabResponseB2Z0github.com/quarry-csi/quarry/pkg/engine/enginepbb\x06proto3"
+	"ModifySlab\x12#.quarry.engine.v1.ModifySlabRequest\x1a$.quarry.engine.v1.ModifySlabResponse2\x8f\x02\n" +
+	"\bImporter\x12W\n" +
+	"\n" +
+	"Importable\x12#.quarry.engine.v1.ImportableRequest\x1a$.quarry.engine.v1.ImportableResponse\x12W\n" +
+	"\n" +
+	"ImportSlab\x12#.quarry.engine.v1.ImportSlabRequest\x1a$.quarry.engine.v1.ImportSlabResponse\x12Q\n" +
+	"\bKeepSlab\x12!.quarry.engine.v1.KeepSlabRequest\x1a\".quarry.engine.v1.KeepSlabResponseB2Z0github.com/quarry-csi/quarry/pkg/engine/enginepbb\x06proto3"
 
 var (
 	file_engine_proto_rawDescOnce sync.Once
@@ -2983,7 +3313,7 @@ func file_engine_proto_rawDescGZIP() []byte {
 }
 
 var file_engine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 55)
+var file_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
 var file_engine_proto_goTypes = []any{
 	(Kind)(0),                     // 0: quarry.engine.v1.Kind
 	(*OpenRequest)(nil),           // 1: quarry.engine.v1.OpenRequest
@@ -3035,21 +3365,27 @@ var file_engine_proto_goTypes = []any{
 	(*SnapshotSlabsResponse)(nil), // 47: quarry.engine.v1.SnapshotSlabsResponse
 	(*ModifySlabRequest)(nil),     // 48: quarry.engine.v1.ModifySlabRequest
 	(*ModifySlabResponse)(nil),    // 49: quarry.engine.v1.ModifySlabResponse
-	nil,                           // 50: quarry.engine.v1.OpenRequest.ParamsEntry
-	nil,                           // 51: quarry.engine.v1.OpenRequest.SecretsEntry
-	nil,                           // 52: quarry.engine.v1.OpenResponse.ModifyParamsEntry
-	nil,                           // 53: quarry.engine.v1.DescribeResponse.ParamsEntry
-	nil,                           // 54: quarry.engine.v1.SlabSpec.ParamsEntry
-	nil,                           // 55: quarry.engine.v1.ModifySlabRequest.ParamsEntry
+	(*ImportableRequest)(nil),     // 50: quarry.engine.v1.ImportableRequest
+	(*ImportableResponse)(nil),    // 51: quarry.engine.v1.ImportableResponse
+	(*ImportSlabRequest)(nil),     // 52: quarry.engine.v1.ImportSlabRequest
+	(*ImportSlabResponse)(nil),    // 53: quarry.engine.v1.ImportSlabResponse
+	(*KeepSlabRequest)(nil),       // 54: quarry.engine.v1.KeepSlabRequest
+	(*KeepSlabResponse)(nil),      // 55: quarry.engine.v1.KeepSlabResponse
+	nil,                           // 56: quarry.engine.v1.OpenRequest.ParamsEntry
+	nil,                           // 57: quarry.engine.v1.OpenRequest.SecretsEntry
+	nil,                           // 58: quarry.engine.v1.OpenResponse.ModifyParamsEntry
+	nil,                           // 59: quarry.engine.v1.DescribeResponse.ParamsEntry
+	nil,                           // 60: quarry.engine.v1.SlabSpec.ParamsEntry
+	nil,                           // 61: quarry.engine.v1.ModifySlabRequest.ParamsEntry
 }
 var file_engine_proto_depIdxs = []int32{
-	50, // 0: quarry.engine.v1.OpenRequest.params:type_name -> quarry.engine.v1.OpenRequest.ParamsEntry
-	51, // 1: quarry.engine.v1.OpenRequest.secrets:type_name -> quarry.engine.v1.OpenRequest.SecretsEntry
-	52, // 2: quarry.engine.v1.OpenResponse.modify_params:type_name -> quarry.engine.v1.OpenResponse.ModifyParamsEntry
+	56, // 0: quarry.engine.v1.OpenRequest.params:type_name -> quarry.engine.v1.OpenRequest.ParamsEntry
+	57, // 1: quarry.engine.v1.OpenRequest.secrets:type_name -> quarry.engine.v1.OpenRequest.SecretsEntry
+	58, // 2: quarry.engine.v1.OpenResponse.modify_params:type_name -> quarry.engine.v1.OpenResponse.ModifyParamsEntry
 	0,  // 3: quarry.engine.v1.DescribeResponse.kinds:type_name -> quarry.engine.v1.Kind
-	53, // 4: quarry.engine.v1.DescribeResponse.params:type_name -> quarry.engine.v1.DescribeResponse.ParamsEntry
+	59, // 4: quarry.engine.v1.DescribeResponse.params:type_name -> quarry.engine.v1.DescribeResponse.ParamsEntry
 	0,  // 5: quarry.engine.v1.SlabSpec.kind:type_name -> quarry.engine.v1.Kind
-	54, // 6: quarry.engine.v1.SlabSpec.params:type_name -> quarry.engine.v1.SlabSpec.ParamsEntry
+	60, // 6: quarry.engine.v1.SlabSpec.params:type_name -> quarry.engine.v1.SlabSpec.ParamsEntry
 	0,  // 7: quarry.engine.v1.Slab.kind:type_name -> quarry.engine.v1.Kind
 	7,  // 8: quarry.engine.v1.CreateSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
 	8,  // 9: quarry.engine.v1.ListSlabsResponse.slabs:type_name -> quarry.engine.v1.Slab
@@ -3060,58 +3396,65 @@ var file_engine_proto_depIdxs = []int32{
 	7,  // 14: quarry.engine.v1.CopySlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
 	41, // 15: quarry.engine.v1.DiffSlabsResponse.extents:type_name -> quarry.engine.v1.Extent
 	7,  // 16: quarry.engine.v1.SnapshotSlabsRequest.specs:type_name -> quarry.engine.v1.SlabSpec
-	55, // 17: quarry.engine.v1.ModifySlabRequest.params:type_name -> quarry.engine.v1.ModifySlabRequest.ParamsEntry
-	1,  // 18: quarry.engine.v1.Engine.Open:input_type -> quarry.engine.v1.OpenRequest
-	3,  // 19: quarry.engine.v1.Engine.Close:input_type -> quarry.engine.v1.CloseRequest
-	5,  // 20: quarry.engine.v1.Engine.Describe:input_type -> quarry.engine.v1.DescribeRequest
-	10, // 21: quarry.engine.v1.Engine.CreateSlab:input_type -> quarry.engine.v1.CreateSlabRequest
-	12, // 22: quarry.engine.v1.Engine.ResizeSlab:input_type -> quarry.engine.v1.ResizeSlabRequest
-	14, // 23: quarry.engine.v1.Engine.DeleteSlab:input_type -> quarry.engine.v1.DeleteSlabRequest
-	16, // 24: quarry.engine.v1.Engine.ListSlabs:input_type -> quarry.engine.v1.ListSlabsRequest
-	18, // 25: quarry.engine.v1.Engine.CreateTag:input_type -> quarry.engine.v1.CreateTagRequest
-	20, // 26: quarry.engine.v1.Engine.DeleteTag:input_type -> quarry.engine.v1.DeleteTagRequest
-	22, // 27: quarry.engine.v1.Engine.ListTags:input_type -> quarry.engine.v1.ListTagsRequest
-	24, // 28: quarry.engine.v1.Engine.AttachSlab:input_type -> quarry.engine.v1.AttachSlabRequest
-	26, // 29: quarry.engine.v1.Engine.DetachSlab:input_type -> quarry.engine.v1.DetachSlabRequest
-	28, // 30: quarry.engine.v1.Snapshotter.SnapshotSlab:input_type -> quarry.engine.v1.SnapshotSlabRequest
-	30, // 31: quarry.engine.v1.Cloner.CloneSlab:input_type -> quarry.engine.v1.CloneSlabRequest
-	32, // 32: quarry.engine.v1.Copier.CopySlab:input_type -> quarry.engine.v1.CopySlabRequest
-	34, // 33: quarry.engine.v1.Meter.DomainUsage:input_type -> quarry.engine.v1.DomainUsageRequest
-	35, // 34: quarry.engine.v1.Meter.SlabUsage:input_type -> quarry.engine.v1.SlabUsageRequest
-	37, // 35: quarry.engine.v1.Quota.SetQuota:input_type -> quarry.engine.v1.SetQuotaRequest
-	39, // 36: quarry.engine.v1.Differ.DiffSlabs:input_type -> quarry.engine.v1.DiffSlabsRequest
-	42, // 37: quarry.engine.v1.Fencer.Fence:input_type -> quarry.engine.v1.FenceRequest
-	44, // 38: quarry.engine.v1.Fencer.Unfence:input_type -> quarry.engine.v1.UnfenceRequest
-	46, // 39: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:input_type -> quarry.engine.v1.SnapshotSlabsRequest
-	48, // 40: quarry.engine.v1.Modifier.ModifySlab:input_type -> quarry.engine.v1.ModifySlabRequest
-	2,  // 41: quarry.engine.v1.Engine.Open:output_type -> quarry.engine.v1.OpenResponse
-	4,  // 42: quarry.engine.v1.Engine.Close:output_type -> quarry.engine.v1.CloseResponse
-	6,  // 43: quarry.engine.v1.Engine.Describe:output_type -> quarry.engine.v1.DescribeResponse
-	11, // 44: quarry.engine.v1.Engine.CreateSlab:output_type -> quarry.engine.v1.CreateSlabResponse
-	13, // 45: quarry.engine.v1.Engine.ResizeSlab:output_type -> quarry.engine.v1.ResizeSlabResponse
-	15, // 46: quarry.engine.v1.Engine.DeleteSlab:output_type -> quarry.engine.v1.DeleteSlabResponse
-	17, // 47: quarry.engine.v1.Engine.ListSlabs:output_type -> quarry.engine.v1.ListSlabsResponse
-	19, // 48: quarry.engine.v1.Engine.CreateTag:output_type -> quarry.engine.v1.CreateTagResponse
-	21, // 49: quarry.engine.v1.Engine.DeleteTag:output_type -> quarry.engine.v1.DeleteTagResponse
-	23, // 50: quarry.engine.v1.Engine.ListTags:output_type -> quarry.engine.v1.ListTagsResponse
-	25, // 51: quarry.engine.v1.Engine.AttachSlab:output_type -> quarry.engine.v1.AttachSlabResponse
-	27, // 52: quarry.engine.v1.Engine.DetachSlab:output_type -> quarry.engine.v1.DetachSlabResponse
-	29, // 53: quarry.engine.v1.Snapshotter.SnapshotSlab:output_type -> quarry.engine.v1.SnapshotSlabResponse
-	31, // 54: quarry.engine.v1.Cloner.CloneSlab:output_type -> quarry.engine.v1.CloneSlabResponse
-	33, // 55: quarry.engine.v1.Copier.CopySlab:output_type -> quarry.engine.v1.CopySlabResponse
-	36, // 56: quarry.engine.v1.Meter.DomainUsage:output_type -> quarry.engine.v1.UsageResponse
-	36, // 57: quarry.engine.v1.Meter.SlabUsage:output_type -> quarry.engine.v1.UsageResponse
-	38, // 58: quarry.engine.v1.Quota.SetQuota:output_type -> quarry.engine.v1.SetQuotaResponse
-	40, // 59: quarry.engine.v1.Differ.DiffSlabs:output_type -> quarry.engine.v1.DiffSlabsResponse
-	43, // 60: quarry.engine.v1.Fencer.Fence:output_type -> quarry.engine.v1.FenceResponse
-	45, // 61: quarry.engine.v1.Fencer.Unfence:output_type -> quarry.engine.v1.UnfenceResponse
-	47, // 62: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:output_type -> quarry.engine.v1.SnapshotSlabsResponse
-	49, // 63: quarry.engine.v1.Modifier.ModifySlab:output_type -> quarry.engine.v1.ModifySlabResponse
-	41, // [41:64] is the sub-list for method output_type
-	18, // [18:41] is the sub-list for method input_type
-	18, // [18:18] is the sub-list for extension type_name
-	18, // [18:18] is the sub-list for extension extendee
-	0,  // [0:18] is the sub-list for field type_name
+	61, // 17: quarry.engine.v1.ModifySlabRequest.params:type_name -> quarry.engine.v1.ModifySlabRequest.ParamsEntry
+	7,  // 18: quarry.engine.v1.ImportSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
+	1,  // 19: quarry.engine.v1.Engine.Open:input_type -> quarry.engine.v1.OpenRequest
+	3,  // 20: quarry.engine.v1.Engine.Close:input_type -> quarry.engine.v1.CloseRequest
+	5,  // 21: quarry.engine.v1.Engine.Describe:input_type -> quarry.engine.v1.DescribeRequest
+	10, // 22: quarry.engine.v1.Engine.CreateSlab:input_type -> quarry.engine.v1.CreateSlabRequest
+	12, // 23: quarry.engine.v1.Engine.ResizeSlab:input_type -> quarry.engine.v1.ResizeSlabRequest
+	14, // 24: quarry.engine.v1.Engine.DeleteSlab:input_type -> quarry.engine.v1.DeleteSlabRequest
+	16, // 25: quarry.engine.v1.Engine.ListSlabs:input_type -> quarry.engine.v1.ListSlabsRequest
+	18, // 26: quarry.engine.v1.Engine.CreateTag:input_type -> quarry.engine.v1.CreateTagRequest
+	20, // 27: quarry.engine.v1.Engine.DeleteTag:input_type -> quarry.engine.v1.DeleteTagRequest
+	22, // 28: quarry.engine.v1.Engine.ListTags:input_type -> quarry.engine.v1.ListTagsRequest
+	24, // 29: quarry.engine.v1.Engine.AttachSlab:input_type -> quarry.engine.v1.AttachSlabRequest
+	26, // 30: quarry.engine.v1.Engine.DetachSlab:input_type -> quarry.engine.v1.DetachSlabRequest
+	28, // 31: quarry.engine.v1.Snapshotter.SnapshotSlab:input_type -> quarry.engine.v1.SnapshotSlabRequest
+	30, // 32: quarry.engine.v1.Cloner.CloneSlab:input_type -> quarry.engine.v1.CloneSlabRequest
+	32, // 33: quarry.engine.v1.Copier.CopySlab:input_type -> quarry.engine.v1.CopySlabRequest
+	34, // 34: quarry.engine.v1.Meter.DomainUsage:input_type -> quarry.engine.v1.DomainUsageRequest
+	35, // 35: quarry.engine.v1.Meter.SlabUsage:input_type -> quarry.engine.v1.SlabUsageRequest
+	37, // 36: quarry.engine.v1.Quota.SetQuota:input_type -> quarry.engine.v1.SetQuotaRequest
+	39, // 37: quarry.engine.v1.Differ.DiffSlabs:input_type -> quarry.engine.v1.DiffSlabsRequest
+	42, // 38: quarry.engine.v1.Fencer.Fence:input_type -> quarry.engine.v1.FenceRequest
+	44, // 39: quarry.engine.v1.Fencer.Unfence:input_type -> quarry.engine.v1.UnfenceRequest
+	46, // 40: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:input_type -> quarry.engine.v1.SnapshotSlabsRequest
+	48, // 41: quarry.engine.v1.Modifier.ModifySlab:input_type -> quarry.engine.v1.ModifySlabRequest
+	50, // 42: quarry.engine.v1.Importer.Importable:input_type -> quarry.engine.v1.ImportableRequest
+	52, // 43: quarry.engine.v1.Importer.ImportSlab:input_type -> quarry.engine.v1.ImportSlabRequest
+	54, // 44: quarry.engine.v1.Importer.KeepSlab:input_type -> quarry.engine.v1.KeepSlabRequest
+	2,  // 45: quarry.engine.v1.Engine.Open:output_type -> quarry.engine.v1.OpenResponse
+	4,  // 46: quarry.engine.v1.Engine.Close:output_type -> quarry.engine.v1.CloseResponse
+	6,  // 47: quarry.engine.v1.Engine.Describe:output_type -> quarry.engine.v1.DescribeResponse
+	11, // 48: quarry.engine.v1.Engine.CreateSlab:output_type -> quarry.engine.v1.CreateSlabResponse
+	13, // 49: quarry.engine.v1.Engine.ResizeSlab:output_type -> quarry.engine.v1.ResizeSlabResponse
+	15, // 50: quarry.engine.v1.Engine.DeleteSlab:output_type -> quarry.engine.v1.DeleteSlabResponse
+	17, // 51: quarry.engine.v1.Engine.ListSlabs:output_type -> quarry.engine.v1.ListSlabsResponse
+	19, // 52: quarry.engine.v1.Engine.CreateTag:output_type -> quarry.engine.v1.CreateTagResponse
+	21, // 53: quarry.engine.v1.Engine.DeleteTag:output_type -> quarry.engine.v1.DeleteTagResponse
+	23, // 54: quarry.engine.v1.Engine.ListTags:output_type -> quarry.engine.v1.ListTagsResponse
+	25, // 55: quarry.engine.v1.Engine.AttachSlab:output_type -> quarry.engine.v1.AttachSlabResponse
+	27, // 56: quarry.engine.v1.Engine.DetachSlab:output_type -> quarry.engine.v1.DetachSlabResponse
+	29, // 57: quarry.engine.v1.Snapshotter.SnapshotSlab:output_type -> quarry.engine.v1.SnapshotSlabResponse
+	31, // 58: quarry.engine.v1.Cloner.CloneSlab:output_type -> quarry.engine.v1.CloneSlabResponse
+	33, // 59: quarry.engine.v1.Copier.CopySlab:output_type -> quarry.engine.v1.CopySlabResponse
+	36, // 60: quarry.engine.v1.Meter.DomainUsage:output_type -> quarry.engine.v1.UsageResponse
+	36, // 61: quarry.engine.v1.Meter.SlabUsage:output_type -> quarry.engine.v1.UsageResponse
+	38, // 62: quarry.engine.v1.Quota.SetQuota:output_type -> quarry.engine.v1.SetQuotaResponse
+	40, // 63: quarry.engine.v1.Differ.DiffSlabs:output_type -> quarry.engine.v1.DiffSlabsResponse
+	43, // 64: quarry.engine.v1.Fencer.Fence:output_type -> quarry.engine.v1.FenceResponse
+	45, // 65: quarry.engine.v1.Fencer.Unfence:output_type -> quarry.engine.v1.UnfenceResponse
+	47, // 66: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:output_type -> quarry.engine.v1.SnapshotSlabsResponse
+	49, // 67: quarry.engine.v1.Modifier.ModifySlab:output_type -> quarry.engine.v1.ModifySlabResponse
+	51, // 68: quarry.engine.v1.Importer.Importable:output_type -> quarry.engine.v1.ImportableResponse
+	53, // 69: quarry.engine.v1.Importer.ImportSlab:output_type -> quarry.engine.v1.ImportSlabResponse
+	55, // 70: quarry.engine.v1.Importer.KeepSlab:output_type -> quarry.engine.v1.KeepSlabResponse
+	45, // [45:71] is the sub-list for method output_type
+	19, // [19:45] is the sub-list for method input_type
+	19, // [19:19] is the sub-list for extension type_name
+	19, // [19:19] is the sub-list for extension extendee
+	0,  // [0:19] is the sub-list for field type_name
 }
 
 func init() { file_engine_proto_init() }
@@ -3125,9 +3468,9 @@ func file_engine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_engine_proto_rawDesc), len(file_engine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   55,
+			NumMessages:   61,
 			NumExtensions: 0,
-			NumServices:   10,
+			NumServices:   11,
 		},
 		GoTypes:           file_engine_proto_goTypes,
 		DependencyIndexes: file_engine_proto_depIdxs,

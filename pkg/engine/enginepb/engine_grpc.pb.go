@@ -1643,3 +1643,193 @@ var Modifier_ServiceDesc = grpc.ServiceDesc{
 	Streams:  []grpc.StreamDesc{},
 	Metadata: "engine.proto",
 }
+
+const (
+	Importer_Importable_FullMethodName = "/quarry.engine.v1.Importer/Importable"
+	Importer_ImportSlab_FullMethodName = "/quarry.engine.v1.Importer/ImportSlab"
+	Importer_KeepSlab_FullMethodName   = "/quarry.engine.v1.Importer/KeepSlab"
+)
+
+// ImporterClient is the client API for Importer service.
+//
+// For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
+//
+// Importer: capability "import". What lies in the storage beside the slabs becomes one,
+// and no bytes move.
+type ImporterClient interface {
+	// Importable looks at it and changes nothing.
+	Importable(ctx context.Context, in *ImportableRequest, opts ...grpc.CallOption) (*ImportableResponse, error)
+	// ImportSlab makes it a block slab. Until KeepSlab, DeleteSlab gives it back under its own name.
+	ImportSlab(ctx context.Context, in *ImportSlabRequest, opts ...grpc.CallOption) (*ImportSlabResponse, error)
+	// KeepSlab makes an import final.
+	KeepSlab(ctx context.Context, in *KeepSlabRequest, opts ...grpc.CallOption) (*KeepSlabResponse, error)
+}
+
+type importerClient struct {
+	cc grpc.ClientConnInterface
+}
+
+func NewImporterClient(cc grpc.ClientConnInterface) ImporterClient {
+	return &importerClient{cc}
+}
+
+func (c *importerClient) Importable(ctx context.Context, in *ImportableRequest, opts ...grpc.CallOption) (*ImportableResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportableResponse)
+	err := c.cc.Invoke(ctx, Importer_Importable_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *importerClient) ImportSlab(ctx context.Context, in *ImportSlabRequest, opts ...grpc.CallOption) (*ImportSlabResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(ImportSlabResponse)
+	err := c.cc.Invoke(ctx, Importer_ImportSlab_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *importerClient) KeepSlab(ctx context.Context, in *KeepSlabRequest, opts ...grpc.CallOption) (*KeepSlabResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(KeepSlabResponse)
+	err := c.cc.Invoke(ctx, Importer_KeepSlab_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+// ImporterServer is the server API for Importer service.
+// All implementations must embed UnimplementedImporterServer
+// for forward compatibility.
+//
+// Importer: capability "import". What lies in the storage beside the slabs becomes one,
+// and no bytes move.
+type ImporterServer interface {
+	// Importable looks at it and changes nothing.
+	Importable(context.Context, *ImportableRequest) (*ImportableResponse, error)
+	// ImportSlab makes it a block slab. Until KeepSlab, DeleteSlab gives it back under its own name.
+	ImportSlab(context.Context, *ImportSlabRequest) (*ImportSlabResponse, error)
+	// KeepSlab makes an import final.
+	KeepSlab(context.Context, *KeepSlabRequest) (*KeepSlabResponse, error)
+	mustEmbedUnimplementedImporterServer()
+}
+
+// UnimplementedImporterServer must be embedded to have
+// forward compatible implementations.
+//
+// NOTE: this should be embedded by value instead of pointer to avoid a nil
+// pointer dereference when methods are called.
+type UnimplementedImporterServer struct{}
+
+func (UnimplementedImporterServer) Importable(context.Context, *ImportableRequest) (*ImportableResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Importable not implemented")
+}
+func (UnimplementedImporterServer) ImportSlab(context.Context, *ImportSlabRequest) (*ImportSlabResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method ImportSlab not implemented")
+}
+func (UnimplementedImporterServer) KeepSlab(context.Context, *KeepSlabRequest) (*KeepSlabResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method KeepSlab not implemented")
+}
+func (UnimplementedImporterServer) mustEmbedUnimplementedImporterServer() {}
+func (UnimplementedImporterServer) testEmbeddedByValue()                  {}
+
+// UnsafeImporterServer may be embedded to opt out of forward compatibility for this service.
+// Use of this interface is not recommended, as added methods to ImporterServer will
+// result in compilation errors.
+type UnsafeImporterServer interface {
+	mustEmbedUnimplementedImporterServer()
+}
+
+func RegisterImporterServer(s grpc.ServiceRegistrar, srv ImporterServer) {
+	// If the following call panics, it indicates UnimplementedImporterServer was
+	// embedded by pointer and is nil.  This will cause panics if an
+	// unimplemented method is ever invoked, so we test this at initialization
+	// time to prevent it from happening at runtime later due to I/O.
+	if t, ok := srv.(interface{ testEmbeddedByValue() }); ok {
+		t.testEmbeddedByValue()
+	}
+	s.RegisterService(&Importer_ServiceDesc, srv)
+}
+
+func _Importer_Importable_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImportableRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ImporterServer).Importable(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Importer_Importable_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ImporterServer).Importable(ctx, req.(*ImportableRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Importer_ImportSlab_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(ImportSlabRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ImporterServer).ImportSlab(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Importer_ImportSlab_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ImporterServer).ImportSlab(ctx, req.(*ImportSlabRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Importer_KeepSlab_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(KeepSlabRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(ImporterServer).KeepSlab(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Importer_KeepSlab_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(ImporterServer).KeepSlab(ctx, req.(*KeepSlabRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+// Importer_ServiceDesc is the grpc.ServiceDesc for Importer service.
+// It's only intended for direct use with grpc.RegisterService,
+// and not to be introspected or modified (even as a copy)
+var Importer_ServiceDesc = grpc.ServiceDesc{
+	ServiceName: "quarry.engine.v1.Importer",
+	HandlerType: (*ImporterServer)(nil),
+	Methods: []grpc.MethodDesc{
+		{
+			MethodName: "Importable",
+			Handler:    _Importer_Importable_Handler,
+		},
+		{
+			MethodName: "ImportSlab",
+			Handler:    _Importer_ImportSlab_Handler,
+		},
+		{
+			MethodName: "KeepSlab",
+			Handler:    _Importer_KeepSlab_Handler,
+		},
+	},
+	Streams:  []grpc.StreamDesc{},
+	Metadata: "engine.proto",
+}

@@ -20,7 +20,7 @@ import (
 // TestCapabilitiesHaveTests: a capability that the suite does not check yet must
 // not be declared silently.
 func (s suite) TestCapabilitiesHaveTests(t *testing.T) {
-	checked := []engine.Capability{engine.CapSnapshot, engine.CapClone, engine.CapCopy, engine.CapMeter, engine.CapQuota}
+	checked := []engine.Capability{engine.CapSnapshot, engine.CapClone, engine.CapCopy, engine.CapMeter, engine.CapQuota, engine.CapImport}
 	for _, c := range s.Expect {
 		if !slices.Contains(checked, c) {
 			t.Errorf("capability %q: write its conformance test first", c)

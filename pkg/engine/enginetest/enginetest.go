@@ -31,6 +31,10 @@ type Harness struct {
 	// Expect is exactly what the engine can do natively, in any order: a
 	// capability that vanishes fails the suite.
 	Expect []engine.Capability
+	// Foreign puts something that can be imported beside the slabs of the domain that Domain
+	// made last, with a content, and returns its name. nil: nobody can; then of an engine
+	// with "import" only that is checked which needs none.
+	Foreign func(t testing.TB, content []byte) (source string)
 	// Slow says that a verb takes the better part of a second: what else is tried
 	// at every size and in many rounds is then tried at some sizes and in few.
 	Slow bool

@@ -180,3 +180,42 @@ func (e *Engine) ModifySlab(ctx context.Context, slab string, params map[string]
 	r, err := enginepb.NewModifierClient(e.conn).ModifySlab(ctx, &enginepb.ModifySlabRequest{Domain: id, Id: slab, Params: params})
 	return e.declined(r.GetDeclined(), err)
 }
+
+// Importable implements engine.Importer.
+func (e *Engine) Importable(ctx context.Context, source string) (engine.Importable, error) {
+	id, err := e.domain(ctx)
+	if err != nil {
+		return engine.Importable{}, err
+	}
+	r, err := enginepb.NewImporterClient(e.conn).Importable(ctx, &enginepb.ImportableRequest{Domain: id, Source: source})
+	if err != nil {
+		return engine.Importable{}, e.failed(err)
+	}
+	if r.GetSize() <= 0 || r.GetAllocated() < 0 || r.GetHolds() == "" {
+		return engine.Importable{}, garbage("Importable", "%v: a size above 0 and what it holds were expected", r)
+	}
+	return engine.Importable{Size: r.GetSize(), Allocated: r.GetAllocated(), Holds: r.GetHolds()}, nil
+}
+
+// ImportSlab implements engine.Importer.
+func (e *Engine) ImportSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
+	if err := engine.CheckSpec(spec); err != nil {
+		return err
+	}
+	id, err := e.domain(ctx)
+	if err != nil {
+		return err
+	}
+	_, err = enginepb.NewImporterClient(e.conn).ImportSlab(ctx, &enginepb.ImportSlabRequest{Domain: id, Source: source, Spec: enginepb.SpecOf(spec)})
+	return e.failed(err)
+}
+
+// KeepSlab implements engine.Importer.
+func (e *Engine) KeepSlab(ctx context.Context, source, slab string) error {
+	id, err := e.on(ctx, slab)
+	if err != nil {
+		return err
+	}
+	_, err = enginepb.NewImporterClient(e.conn).KeepSlab(ctx, &enginepb.KeepSlabRequest{Domain: id, Source: source, Id: slab})
+	return e.failed(err)
+}

@@ -75,6 +75,7 @@ var (
 	_ engine.Fencer           = (*Engine)(nil)
 	_ engine.GroupSnapshotter = (*Engine)(nil)
 	_ engine.Modifier         = (*Engine)(nil)
+	_ engine.Importer         = (*Engine)(nil)
 )
 
 // reconnect is how soon a lost connection is tried again: a process that was

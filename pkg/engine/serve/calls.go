@@ -311,3 +311,34 @@ func (s *Server) ModifySlab(ctx context.Context, r *enginepb.ModifySlabRequest) 
 	no, err := declined(c.ModifySlab(ctx, r.GetId(), r.GetParams()))
 	return &enginepb.ModifySlabResponse{Declined: no}, err
 }
+
+// Importable implements the protocol.
+func (s *Server) Importable(ctx context.Context, r *enginepb.ImportableRequest) (*enginepb.ImportableResponse, error) {
+	c, done, err := native(s, r.GetDomain(), engine.CapImport, func(c engine.Capabilities) engine.Importer { return c.Importer })
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	i, err := c.Importable(ctx, r.GetSource())
+	return &enginepb.ImportableResponse{Size: i.Size, Allocated: i.Allocated, Holds: i.Holds}, err
+}
+
+// ImportSlab implements the protocol.
+func (s *Server) ImportSlab(ctx context.Context, r *enginepb.ImportSlabRequest) (*enginepb.ImportSlabResponse, error) {
+	c, done, err := native(s, r.GetDomain(), engine.CapImport, func(c engine.Capabilities) engine.Importer { return c.Importer })
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return &enginepb.ImportSlabResponse{}, c.ImportSlab(ctx, r.GetSource(), r.GetSpec().Go())
+}
+
+// KeepSlab implements the protocol.
+func (s *Server) KeepSlab(ctx context.Context, r *enginepb.KeepSlabRequest) (*enginepb.KeepSlabResponse, error) {
+	c, done, err := native(s, r.GetDomain(), engine.CapImport, func(c engine.Capabilities) engine.Importer { return c.Importer })
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	return &enginepb.KeepSlabResponse{}, c.KeepSlab(ctx, r.GetSource(), r.GetId())
+}

@@ -50,6 +50,7 @@ type Server struct {
 	enginepb.UnimplementedFencerServer
 	enginepb.UnimplementedGroupSnapshotterServer
 	enginepb.UnimplementedModifierServer
+	enginepb.UnimplementedImporterServer
 }
 
 // opened is a domain that a client has open.
@@ -104,6 +105,7 @@ func (s *Server) Register(g grpc.ServiceRegistrar) {
 	enginepb.RegisterFencerServer(g, s)
 	enginepb.RegisterGroupSnapshotterServer(g, s)
 	enginepb.RegisterModifierServer(g, s)
+	enginepb.RegisterImporterServer(g, s)
 }
 
 func unary(ctx context.Context, req any, _ *grpc.UnaryServerInfo, next grpc.UnaryHandler) (any, error) {

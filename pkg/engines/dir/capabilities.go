@@ -35,7 +35,7 @@ func (e *dirEngine) Supports(c engine.Capability) bool {
 		return e.reflink || e.subvolume
 	case engine.CapQuota:
 		return e.limiter != nil
-	case engine.CapMeter:
+	case engine.CapMeter, engine.CapImport:
 		return true
 	}
 	return false

@@ -34,7 +34,7 @@ func Params() map[string]string {
 // tried for capabilities. Nothing is changed when it fails with fault.Invalid
 // (an unknown or missing parameter, not a directory), fault.NotFound or
 // fault.Permission (read-only, or not ours to write).
-func Open(ctx context.Context, params map[string]string, _ host.Runner) (engine.Engine, error) {
+func Open(ctx context.Context, params map[string]string, run host.Runner) (engine.Engine, error) {
 	path, err := checkParams(params)
 	if err != nil {
 		return nil, err
@@ -43,7 +43,7 @@ func Open(ctx context.Context, params map[string]string, _ host.Runner) (engine.
 	if err := unix.Statfs(path, &st); err != nil {
 		return nil, posix.Fault(&os.PathError{Op: "statfs", Path: path, Err: err})
 	}
-	e := &dirEngine{}
+	e := &dirEngine{host: host.NewLocal(run)}
 	if e.Directory, err = posix.Open(path, hook{e}); err != nil {
 		return nil, err
 	}
@@ -105,6 +105,7 @@ func checkParams(params map[string]string) (path string, err error) {
 // dirEngine is an opened domain.
 type dirEngine struct {
 	*posix.Directory
+	host *host.Local
 	desc engine.Description
 	found
 }

@@ -1,0 +1,119 @@
+package posix
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
+
+func importing(t *testing.T) (d *Directory, put func(name string, size int64) string) {
+	t.Helper()
+	root := t.TempDir()
+	d, err := Open(root, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = d.Close() })
+	return d, func(name string, size int64) string {
+		t.Helper()
+		path := filepath.Join(root, "import", name)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, make([]byte, size), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		return path
+	}
+}
+
+func spec(id string, size int64) engine.SlabSpec {
+	return engine.SlabSpec{ID: id, Kind: engine.Block, Size: size}
+}
+
+func there(path string) bool { _, err := os.Lstat(path); return err == nil }
+
+func TestAnImportIsTheFileItselfAndTakesItsNameOnlyAtLast(t *testing.T) {
+	d, put := importing(t)
+	ctx := t.Context()
+	path := put("disk.img", 8192)
+	before, _ := os.Stat(path)
+	for range 2 { // an answer may be lost
+		if err := d.ImportSlab(ctx, "disk.img", spec("s1", 8192)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, slab, err := d.OpenSlab("s1")
+	if err != nil || slab.Size != 8192 {
+		t.Fatalf("%+v, %v", slab, err)
+	}
+	now, _ := f.Stat()
+	f.Close()
+	if !os.SameFile(before, now) || !there(path) {
+		t.Error("the slab is another file, or the old name is gone before it is final")
+	}
+	// It is given back.
+	if err := d.DeleteSlab(ctx, "s1"); err != nil || !there(path) {
+		t.Fatalf("deleted before it was final: %v, there %t", err, there(path))
+	}
+	if err := d.ImportSlab(ctx, "disk.img", spec("s2", 8192)); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := d.KeepSlab(ctx, "disk.img", "s2"); err != nil || there(path) {
+			t.Fatalf("final: %v, there %t", err, there(path))
+		}
+	}
+	if st, err := os.Stat(filepath.Join(d.path, "slabs", "s2")); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v, %v", st.Mode(), err)
+	}
+	// Another file of that name is nobody's business.
+	put("disk.img", 4096)
+	if err := d.KeepSlab(ctx, "disk.img", "s2"); err != nil || !there(path) {
+		t.Errorf("another file of that name: %v, there %t", err, there(path))
+	}
+}
+
+func TestWhatCannotBeImportedIsLeftAlone(t *testing.T) {
+	d, put := importing(t)
+	path := put("used.img", 4096)
+	user, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer user.Close()
+	linked := put("linked.img", 4096)
+	folder := filepath.Dir(path)
+	for _, err := range []error{os.Link(linked, filepath.Join(folder, "again")), os.Symlink("/etc/passwd", filepath.Join(folder, "outside")), os.Mkdir(filepath.Join(folder, "folder"), 0o755)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("odd.img", 5000)
+	put("empty.img", 0)
+	put("fine.img", 8192)
+	for source, want := range map[string]fault.Kind{
+		"used.img": fault.InUse, "linked.img": fault.InUse, "odd.img": fault.Invalid, "empty.img": fault.Invalid, "outside": fault.Invalid, "folder": fault.Invalid,
+		"none": fault.NotFound, "": fault.Invalid, "..": fault.Invalid, "../slabs/x": fault.Invalid, "fine.img": fault.Conflict,
+	} {
+		if err := d.ImportSlab(t.Context(), source, spec("s", 4096)); !errors.Is(err, want) {
+			t.Errorf("%q: %v (%v), want %v", source, err, fault.KindOf(err), want)
+		}
+	}
+	if slabs, err := d.ListSlabs(t.Context()); err != nil || len(slabs) > 0 {
+		t.Errorf("slabs %v, %v", slabs, err)
+	}
+	if err := d.CreateSlab(t.Context(), spec("s", 8192)); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.ImportSlab(t.Context(), "fine.img", spec("s", 8192)); !errors.Is(err, fault.Exists) {
+		t.Errorf("over a slab: %v", err)
+	}
+	if err := d.KeepSlab(t.Context(), "fine.img", "s"); err != nil || !there(filepath.Join(folder, "fine.img")) {
+		t.Errorf("a slab that is another file: %v", err)
+	}
+}
