@@ -176,7 +176,11 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 		WaitFor: c.waitsFor, BindNodes: true, Tell: tell(teller)})
 	c.metrics.watchDomains(c.manager)
 	c.opening = &openers{manager: c.manager, open: c.open}
-	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits,
+	// The sidecars' questions end with the process, too, or it would wait for them.
+	waiting, settled := context.WithCancel(ctx)
+	defer settled()
+	c.settled = settled
+	service, err := csi.New(csi.Config{DriverName: o.driverName, Version: version, Manager: c.manager, Standby: c.waits, Settled: waiting.Done(),
 		KnownNode: client.Node, Metrics: c.metrics.registry, Tracer: tracer})
 	if err != nil {
 		return err
@@ -222,6 +226,7 @@ type leader struct {
 	manager *image.Manager
 	opening *openers
 	standby atomic.Pointer[string] // why it does not work; nil: it does
+	settled func()                 // to be called when it works
 	ready   atomic.Bool
 	led     bool // it has begun to lead; to be read when that has ended
 
@@ -285,6 +290,7 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 		group.Go(func() error { c.own.Keep(leads); return nil })
 	}
 	c.standby.Store(nil)
+	c.settled()
 	c.ready.Store(true)
 	log.Info("This controller leads", "agents", l.Addr().String())
 	<-leads.Done()

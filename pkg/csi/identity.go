@@ -2,6 +2,7 @@ package csi
 
 import (
 	"context"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/protobuf/types/known/wrapperspb"
@@ -14,7 +15,16 @@ func (s *Server) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi
 
 // Probe answers that the process is there, and whether it works or waits. A domain
 // that is missing is no reason to restart it, so it never fails a probe.
-func (s *Server) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+func (s *Server) Probe(ctx context.Context, _ *csi.ProbeRequest) (*csi.ProbeResponse, error) {
+	if s.cfg.Settled != nil {
+		wait := time.NewTimer(probeWait(ctx))
+		defer wait.Stop()
+		select {
+		case <-s.cfg.Settled:
+		case <-wait.C:
+		case <-ctx.Done():
+		}
+	}
 	return &csi.ProbeResponse{Ready: wrapperspb.Bool(s.cfg.Standby() == nil)}, nil
 }
 
@@ -36,4 +46,15 @@ func (s *Server) GetPluginCapabilities(context.Context, *csi.GetPluginCapabiliti
 		VolumeExpansion: &csi.PluginCapability_VolumeExpansion{Type: csi.PluginCapability_VolumeExpansion_ONLINE},
 	}})
 	return r, nil
+}
+
+// longestProbe is how long a process that waits takes to say so.
+const longestProbe = 20 * time.Second
+
+// probeWait leaves half of the caller's time for the answer.
+func probeWait(ctx context.Context) time.Duration {
+	if end, ok := ctx.Deadline(); ok {
+		return min(longestProbe, time.Until(end)/2)
+	}
+	return longestProbe
 }

@@ -89,6 +89,9 @@ type Config struct {
 	// Standby says why this process only waits: it then answers Identity alone, and Probe
 	// that it is not ready, so that sidecars wait, too. nil, or a nil error: it works.
 	Standby func() error
+	// Settled is closed when this process works, or will not any more. Until then Probe
+	// takes its time: sidecars ask again each second, and log each answer. nil: it does not.
+	Settled <-chan struct{}
 	// KnownNode says whether a volume may be attached to a node: fault.NotFound
 	// if there is no such node. nil: NodeID is the only one.
 	KnownNode func(ctx context.Context, node string) error

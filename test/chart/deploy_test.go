@@ -1,6 +1,7 @@
 package chart
 
 import (
+	"cmp"
 	"flag"
 	"os"
 	"path/filepath"
@@ -40,28 +41,40 @@ func deploy(t *testing.T) map[string]string {
 		}
 	}
 	sort.Strings(files)
-	out := map[string]string{"quarry.yaml": made + namespace}
+	var docs []string
 	for _, file := range files {
-		for _, doc := range regexp.MustCompile(`(?m)^---\n`).Split(r[file], -1) {
-			doc = regexp.MustCompile(`(?m)^ +(helm\.sh/chart|app\.kubernetes\.io/managed-by): .*\n`).ReplaceAllString(doc, "")
-			if doc = strings.TrimSpace(doc); doc == "" {
-				continue
-			}
-			to := "quarry.yaml"
-			switch {
-			case strings.Contains(doc, "\nkind: VolumeSnapshotClass\n"):
-				to = "snapshot-class.yaml"
-			case strings.Contains(doc, "\nkind: VolumeGroupSnapshotClass\n"):
-				to = "group-snapshot-class.yaml"
-			}
-			if out[to] == "" {
-				out[to] = made + doc + "\n"
-			} else {
-				out[to] += "---\n" + doc + "\n"
-			}
+		docs = append(docs, regexp.MustCompile(`(?m)^---\n`).Split(r[file], -1)...)
+	}
+	// What pods need comes before them, as Helm has it: else they begin with an error.
+	slices.SortStableFunc(docs, func(a, b string) int { return cmp.Compare(rank(a), rank(b)) })
+	out := map[string]string{"quarry.yaml": made + namespace}
+	for _, doc := range docs {
+		doc = regexp.MustCompile(`(?m)^ +(helm\.sh/chart|app\.kubernetes\.io/managed-by): .*\n`).ReplaceAllString(doc, "")
+		if doc = strings.TrimSpace(doc); doc == "" {
+			continue
+		}
+		to := "quarry.yaml"
+		switch {
+		case strings.Contains(doc, "\nkind: VolumeSnapshotClass\n"):
+			to = "snapshot-class.yaml"
+		case strings.Contains(doc, "\nkind: VolumeGroupSnapshotClass\n"):
+			to = "group-snapshot-class.yaml"
+		}
+		if out[to] == "" {
+			out[to] = made + doc + "\n"
+		} else {
+			out[to] += "---\n" + doc + "\n"
 		}
 	}
 	return out
+}
+
+// rank is 1 for what makes pods.
+func rank(doc string) int {
+	if strings.Contains(doc, "\nkind: Deployment\n") || strings.Contains(doc, "\nkind: DaemonSet\n") {
+		return 1
+	}
+	return 0
 }
 
 func TestDeployIsTheChart(t *testing.T) {
