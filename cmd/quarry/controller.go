@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -128,7 +129,8 @@ func (o *controllerOptions) checkTLS() error {
 
 // controller runs until ctx ends, or until it has led and does not any more.
 func controller(ctx context.Context, o *controllerOptions) (err error) {
-	entries, err := domain.Load(o.domains, engines.Registry(host.Exec{}))
+	registry := engines.Registry(host.Exec{})
+	entries, err := domain.Load(o.domains, registry)
 	if err != nil {
 		return err
 	}
@@ -174,6 +176,12 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	teller := kube.NewTeller(client)
 	c.manager = image.New(image.Config{Installation: o.installation, Agents: c.hub, Worker: c.hub, Observe: c.metrics.observe, OutOfService: client.OutOfService,
 		WaitFor: c.waitsFor, BindNodes: true, Tell: tell(teller)})
+	follow := &reloader{load: func() ([]domain.Entry, error) { return domain.Load(o.domains, registry) }, apply: c.follow, failed: func(err error) {
+		if err != nil {
+			teller.TellPod(o.namespace, os.Getenv("POD_NAME"), os.Getenv("POD_UID"), "QuarryDomainsNotInForce", err.Error())
+		}
+	}}
+	follow.watch(c.metrics)
 	c.metrics.watchDomains(c.manager)
 	c.opening = &openers{manager: c.manager, open: c.open}
 	// The sidecars' questions end with the process, too, or it would wait for them.
@@ -194,6 +202,10 @@ func controller(ctx context.Context, o *controllerOptions) (err error) {
 	}
 	group.Go(func() error {
 		teller.Run(ctx)
+		return nil
+	})
+	group.Go(func() error {
+		follow.run(ctx, entries)
 		return nil
 	})
 	served := make(chan struct{})
@@ -270,11 +282,7 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	c.mu.Lock()
 	c.ctx, c.nodes, c.began = leads, map[string]chan struct{}{}, time.Now()
 	for _, e := range c.entries {
-		if e.Scope == domain.ScopeShared {
-			c.opening.one(leads, e, "", c.told(""), nil)
-			continue
-		}
-		c.manager.Unopened(e.Config(""), fault.New(fault.Unavailable, "no node that has it has an agent that is connected yet"))
+		c.begin(e)
 	}
 	c.mu.Unlock()
 	var group errgroup.Group
@@ -308,6 +316,53 @@ func (c *leader) lead(process, leads context.Context, served <-chan struct{}) er
 	err = c.manager.Close()
 	stop()
 	return errors.Join(err, group.Wait(), c.hub.Close())
+}
+
+// begin opens an entry, or changes what is open of it, on all nodes that have been here. The
+// caller holds c.mu.
+func (c *leader) begin(e domain.Entry) {
+	if e.Scope == domain.ScopeShared {
+		c.opening.one(c.ctx, e, "", c.told(""), nil)
+		return
+	}
+	if len(c.opening.nodesOf(e.Name)) == 0 {
+		c.manager.Unopened(e.Config(""), fault.New(fault.Unavailable, "no node that has it has an agent that is connected yet"))
+	}
+	for node, now := range c.nodes {
+		if node != "" {
+			c.opening.one(c.ctx, e, node, now, nil)
+		}
+	}
+}
+
+// follow makes the entries of a changed domains file those in force. One who does not lead
+// only takes note.
+func (c *leader) follow(_ context.Context, want []domain.Entry) (err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ctx == nil {
+		c.entries = want
+		return nil
+	}
+	d := compare(c.entries, want)
+	c.entries, err = d.keep(want, c.manager.AttachedIn)
+	for _, e := range d.removed {
+		c.opening.remove(c.ctx, e.Name, func() {
+			c.mu.Lock()
+			again := slices.ContainsFunc(c.entries, func(o domain.Entry) bool { return o.Name == e.Name })
+			c.mu.Unlock()
+			if !again {
+				c.manager.Forget(e.Name)
+			}
+			for _, n := range c.hub.Nodes() { // they are told the domains that are left
+				c.hub.Prepare(n)
+			}
+		})
+	}
+	for _, e := range append(d.changed, d.added...) {
+		c.begin(e)
+	}
+	return err
 }
 
 // told is the channel on which those who open domains of a node ("": of all) hear that

@@ -10,6 +10,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/domain"
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/kube"
 )
 
 // What a node has for itself is not known to a controller that has begun to lead before
@@ -51,14 +52,17 @@ func (c *leader) awaits(node string) bool {
 // expect keeps the Image Manager informed of the nodes that it has to wait for, while this
 // controller leads.
 func (c *leader) expect(ctx context.Context) {
-	if !slices.ContainsFunc(c.entries, func(e domain.Entry) bool { return e.Scope == domain.ScopeNode }) {
-		return
-	}
 	tick := time.NewTicker(expectEvery)
 	defer tick.Stop()
 	for {
-		nodes, err := c.list(ctx)
+		var nodes []kube.TopologyNode
+		var err error
+		concerned := c.hasNodes()
+		if concerned {
+			nodes, err = c.list(ctx)
+		}
 		switch {
+		case !concerned:
 		case ctx.Err() != nil:
 			return
 		case err != nil:
@@ -77,6 +81,13 @@ func (c *leader) expect(ctx context.Context) {
 			return
 		}
 	}
+}
+
+// hasNodes says whether any domain belongs to a node.
+func (c *leader) hasNodes() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return slices.ContainsFunc(c.entries, func(e domain.Entry) bool { return e.Scope == domain.ScopeNode })
 }
 
 // unlisted says why it is not known which nodes there are, as long as that never was.

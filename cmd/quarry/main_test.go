@@ -316,6 +316,12 @@ func (m *fakeManager) Unopened(cfg image.DomainConfig, reason error) {
 	m.unopened = append(m.unopened, cfg.Name+": "+reason.Error())
 }
 
+func (*fakeManager) Reconfigure(image.DomainConfig) (string, error) {
+	return "", fault.New(fault.Unavailable, "not open")
+}
+
+func (*fakeManager) CloseDomain(context.Context, image.DomainConfig, error) error { return nil }
+
 func TestADomainThatIsAwayIsTriedAgainAndHoldsNothingUp(t *testing.T) {
 	tries := 0
 	registry := domain.Registry{

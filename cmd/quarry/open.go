@@ -19,6 +19,9 @@ const (
 	openLimit = 20 * time.Second
 	// stopLimit is how long a stop waits for one.
 	stopLimit = 5 * time.Second
+	// closeLimit is how long a domain is waited for that is closed while others stay open: for
+	// what is at work in it.
+	closeLimit = 30 * time.Second
 	// retryFirst and retryLast are the pauses before a domain is tried again.
 	retryFirst, retryLast = time.Second, time.Minute
 )
@@ -31,11 +34,27 @@ type openers struct {
 	// Image Manager has it.
 	open    func(ctx context.Context, e domain.Entry, node string) (storage engine.Engine, opened func(ctx context.Context, id string) error, err error)
 	running sync.WaitGroup
+
+	mu  sync.Mutex
+	all map[entryOn]*opened // the last of each; those before have ended when it begins
+}
+
+// entryOn is an entry of the domains file on a node, or on all ("").
+type entryOn struct{ name, node string }
+
+// opened is an entry that is open, or is being opened.
+type opened struct {
+	entry domain.Entry
+	stop  context.CancelFunc
+	ended chan struct{} // closed when it is open, or nobody tries any more
+	adopt func(ctx context.Context, id string) error
 }
 
 type domainManager interface {
 	AddDomain(ctx context.Context, cfg image.DomainConfig, e engine.Engine) (string, error)
 	Unopened(cfg image.DomainConfig, reason error)
+	Reconfigure(cfg image.DomainConfig) (string, error)
+	CloseDomain(ctx context.Context, cfg image.DomainConfig, reason error) error
 }
 
 // here opens storage in this process.
@@ -72,16 +91,105 @@ func (o *openers) start(ctx context.Context, entries []domain.Entry, node string
 	return nil
 }
 
-// one opens one entry, in the background. now ends a pause; see keepOpening for first.
+// one opens one entry, in the background. What is open of that name there is changed to be as the
+// entry says: while it is open, where that can be. now ends a pause; see keepOpening for first.
 func (o *openers) one(ctx context.Context, e domain.Entry, node string, now <-chan struct{}, first chan<- error) {
-	o.manager.Unopened(e.Config(node), fault.New(fault.Unavailable, "it is being opened"))
-	o.running.Go(func() { o.keepOpening(ctx, e, node, now, first) })
+	at := entryOn{e.Name, node}
+	ctx, stop := context.WithCancel(ctx)
+	p := &opened{entry: e, stop: stop, ended: make(chan struct{})}
+	o.mu.Lock()
+	before := o.all[at]
+	if o.all == nil {
+		o.all = map[entryOn]*opened{}
+	}
+	o.all[at] = p
+	o.mu.Unlock()
+	if before == nil {
+		o.manager.Unopened(e.Config(node), fault.New(fault.Unavailable, "it is being opened"))
+	}
+	o.running.Go(func() {
+		defer close(p.ended)
+		if before != nil {
+			before.stop()
+			<-before.ended
+			if o.change(ctx, before, p, node) {
+				return
+			}
+		}
+		o.keepOpening(ctx, p, node, now, first)
+	})
+}
+
+// change makes of one that was open what its entry says now. false: it has to be opened.
+func (o *openers) change(ctx context.Context, before, p *opened, node string) bool {
+	log, cfg := klog.FromContext(ctx).WithValues("domain", p.entry.Name, "node", node), p.entry.Config(node)
+	if before.entry.SameStorage(p.entry) {
+		p.adopt = before.adopt
+		id, err := o.manager.Reconfigure(cfg)
+		if err == nil && p.adopt != nil {
+			err = p.adopt(ctx, id)
+		}
+		switch {
+		case err == nil:
+			log.Info("The settings of a domain have changed")
+			return true
+		case !errors.Is(err, fault.Unavailable): // it stays as it was
+			log.Error(err, "The settings of a domain have not changed")
+			return true
+		}
+	}
+	o.closeDomain(ctx, before.entry.Config(node), fault.New(fault.Unavailable, "it is being opened again, since its entry in the domains file has changed"))
+	log.Info("The storage of a domain has changed: opening it")
+	return false
+}
+
+// closeDomain closes one, if it is open.
+func (o *openers) closeDomain(ctx context.Context, cfg image.DomainConfig, reason error) {
+	limited, cancel := context.WithTimeout(ctx, closeLimit)
+	defer cancel()
+	if err := o.manager.CloseDomain(limited, cfg, reason); err != nil {
+		klog.FromContext(ctx).Error(err, "Closing a domain", "domain", cfg.Name, "node", cfg.Node)
+	}
+}
+
+// nodesOf are those on which an entry is, or is being opened; "": all nodes at once.
+func (o *openers) nodesOf(name string) []string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	var out []string
+	for at := range o.all {
+		if at.name == name {
+			out = append(out, at.node)
+		}
+	}
+	return out
+}
+
+// remove closes an entry wherever it is, and calls done, in the background.
+func (o *openers) remove(ctx context.Context, name string, done func()) {
+	o.mu.Lock()
+	was := map[string]*opened{}
+	for at, p := range o.all {
+		if at.name == name {
+			was[at.node] = p
+			delete(o.all, at)
+		}
+	}
+	o.mu.Unlock()
+	o.running.Go(func() {
+		for node, p := range was {
+			p.stop()
+			<-p.ended
+			o.closeDomain(ctx, p.entry.Config(node), nil)
+		}
+		done()
+	})
 }
 
 // keepOpening tries until the domain is open. first, if not nil, is told the outcome of the
 // first try; only there is an error that will not go away by itself the end.
-func (o *openers) keepOpening(ctx context.Context, e domain.Entry, node string, now <-chan struct{}, first chan<- error) {
-	cfg, log := e.Config(node), klog.FromContext(ctx)
+func (o *openers) keepOpening(ctx context.Context, p *opened, node string, now <-chan struct{}, first chan<- error) {
+	cfg, log := p.entry.Config(node), klog.FromContext(ctx)
 	tell := func(err error) {
 		if first != nil {
 			first <- err
@@ -89,7 +197,7 @@ func (o *openers) keepOpening(ctx context.Context, e domain.Entry, node string, 
 		}
 	}
 	for pause, try := retryFirst, 1; ; pause, try = min(2*pause, retryLast), try+1 {
-		err := o.add(ctx, e, node, cfg)
+		err := o.add(ctx, p, node, cfg)
 		if ctx.Err() != nil || err == nil {
 			tell(nil)
 			return
@@ -112,8 +220,8 @@ func (o *openers) keepOpening(ctx context.Context, e domain.Entry, node string, 
 	}
 }
 
-func (o *openers) add(ctx context.Context, e domain.Entry, node string, cfg image.DomainConfig) error {
-	storage, opened, err := o.open(ctx, e, node)
+func (o *openers) add(ctx context.Context, p *opened, node string, cfg image.DomainConfig) error {
+	storage, opened, err := o.open(ctx, p.entry, node)
 	if err != nil {
 		return err
 	}
@@ -121,7 +229,7 @@ func (o *openers) add(ctx context.Context, e domain.Entry, node string, cfg imag
 	if err != nil {
 		return errors.Join(err, storage.Close())
 	}
-	if opened != nil {
+	if p.adopt = opened; opened != nil {
 		return opened(ctx, id)
 	}
 	return nil

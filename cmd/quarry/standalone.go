@@ -53,6 +53,8 @@ func standalone(ctx context.Context, o *options) (err error) {
 	}
 	defer flush()
 	metrics := newMetrics()
+	follow := &reloader{load: func() ([]domain.Entry, error) { return domain.Load(o.domains, registry) }}
+	follow.watch(metrics)
 	agents := &node.Agents{}
 	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: agents}
 	manager := image.New(image.Config{Installation: o.installation, Agents: agents, Worker: worker, Observe: metrics.observe})
@@ -90,6 +92,26 @@ func standalone(ctx context.Context, o *options) (err error) {
 		group.Go(func() error { return err }) // ends the others
 		return stopped(group.Wait())
 	}
+	inForce := entries
+	follow.apply = func(ctx context.Context, want []domain.Entry) (err error) {
+		d := compare(inForce, want)
+		inForce, err = d.keep(want, manager.AttachedIn)
+		for _, e := range d.removed {
+			opening.remove(ctx, e.Name, func() {
+				if len(opening.nodesOf(e.Name)) == 0 { // else it is back already
+					manager.Forget(e.Name)
+				}
+			})
+		}
+		for _, e := range append(d.changed, d.added...) {
+			opening.one(ctx, e, o.nodeID, nil, nil)
+		}
+		return err
+	}
+	group.Go(func() error {
+		follow.run(ctx, entries)
+		return nil
+	})
 	group.Go(func() error { return service.Serve(ctx, o.csi.String()) })
 	about := admin.Version{
 		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,

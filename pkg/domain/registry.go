@@ -106,6 +106,18 @@ func (e Entry) Config(node string) image.DomainConfig {
 	return c
 }
 
+// SameStorage says whether two entries of one name open the same storage in the same way, so that
+// one can become the other while it is open.
+func (e Entry) SameStorage(o Entry) bool {
+	return e.Name == o.Name && e.Engine == o.Engine && e.Scope == o.Scope && maps.Equal(e.Params, o.Params) && maps.Equal(e.Secrets, o.Secrets)
+}
+
+// Equal says whether two entries say the same.
+func (e Entry) Equal(o Entry) bool {
+	return e.SameStorage(o) && e.NativeOnly == o.NativeOnly && e.Overcommit == o.Overcommit && e.CapacityLimit == o.CapacityLimit &&
+		e.BackgroundRate == o.BackgroundRate && slices.Equal(e.Aliases, o.Aliases) && e.TakeOver == o.TakeOver
+}
+
 // Secrets are never shown: however they are formatted or encoded, only their
 // number appears.
 type Secrets map[string]string

@@ -48,7 +48,7 @@ func (m *Manager) Allocated(ctx context.Context, h Handle, from int64, emit func
 	return m.listing(ctx, "list allocated blocks", target, func(ctx context.Context, op *operation) error {
 		defer target.read()()
 		native := target.d.tells(target)
-		if !native && target.d.cfg.NativeOnly {
+		if !native && target.d.now().NativeOnly {
 			return target.d.nativeOnly("list of allocated blocks", LayoutImage)
 		}
 		list, err := m.allocation(ctx, target)
@@ -113,7 +113,7 @@ func (m *Manager) changes(ctx context.Context, op *operation, base, target *imag
 			return err
 		}
 	}
-	if d.cfg.NativeOnly {
+	if d.now().NativeOnly {
 		return d.nativeOnly("list of changed blocks", LayoutImage)
 	}
 	line, err := m.still(ctx, target)

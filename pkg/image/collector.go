@@ -30,6 +30,7 @@ func (d *domain) collectSoon() {
 
 func (d *domain) collectLoop(ctx context.Context) {
 	defer d.m.loops.Done()
+	defer close(d.stopped)
 	t := time.NewTicker(d.m.cfg.CollectEvery)
 	defer t.Stop()
 	for {

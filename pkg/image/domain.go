@@ -5,6 +5,7 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
@@ -21,12 +22,17 @@ const retention = 2 * engine.ListingLimit
 type domain struct {
 	m      *Manager
 	id     string
-	cfg    DomainConfig
+	cfg    DomainConfig // as it was opened; see now
 	engine engine.Engine
-	users  *engine.Users // of its slabs, in this process
-	caps   engine.Capabilities
-	desc   engine.Description
-	epoch  uint32
+	// settings are cfg with what has changed since.
+	settings atomic.Pointer[DomainConfig]
+	// stop ends its collector, which closes stopped then.
+	stop    context.CancelFunc
+	stopped chan struct{}
+	users   *engine.Users // of its slabs, in this process
+	caps    engine.Capabilities
+	desc    engine.Description
+	epoch   uint32
 
 	mu       sync.Mutex // guards all that follows, and the guarded part of each image
 	counter  uint32
@@ -115,9 +121,11 @@ type pendingTag struct {
 func (d *domain) handle(img *image) Handle { return Handle{Domain: d.id, Image: img.id} }
 
 // ids are the domain's ID and its former ones, under which older handles know it.
-func (d *domain) ids() []string {
+func (d *domain) ids() []string { return d.idsOf(d.now().Aliases) }
+
+func (d *domain) idsOf(aliases []string) []string {
 	out := []string{d.id}
-	for _, a := range d.cfg.Aliases {
+	for _, a := range aliases {
 		out = append(out, a+strings.TrimPrefix(d.id, d.cfg.Name))
 	}
 	return out

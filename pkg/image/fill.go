@@ -41,7 +41,7 @@ func (c *cutting) cut(ctx context.Context) (h how, isInexact bool, err error) {
 			return h, false, err
 		}
 	}
-	if src.d.cfg.NativeOnly {
+	if src.d.now().NativeOnly {
 		return how{}, false, src.d.nativeOnly("snapshot", rec.layout())
 	}
 	if !c.layer {
@@ -206,7 +206,7 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 	out := Place{dst.d.id, spec.ID}
 	rate := int64(0)
 	if made, _ := dst.snapshot(); made.Op == opFlatten { // nobody waits for it
-		rate = dst.d.cfg.BackgroundRate
+		rate = dst.d.now().BackgroundRate
 	}
 	if spec.Kind == engine.Tree {
 		err = m.cfg.Worker.CopyTree(ctx, in, out, op.progress)
@@ -263,7 +263,7 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src *image, pl
 			return h, err
 		}
 	}
-	if src.d.cfg.NativeOnly && src.d == dst.d {
+	if src.d.now().NativeOnly && src.d == dst.d {
 		return how{}, src.d.nativeOnly("snapshot", rec.layout())
 	}
 	hidden, err := m.hiddenSnapshot(ctx, op, src, src.d != dst.d && src.d.snapshots(&rec))
@@ -276,7 +276,7 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src *image, pl
 	if !errors.Is(err, engine.ErrDeclined) {
 		return how{}, err
 	}
-	if src.d.cfg.NativeOnly {
+	if src.d.now().NativeOnly {
 		return how{}, src.d.nativeOnly("snapshot", rec.layout())
 	}
 	if !known {
@@ -293,7 +293,7 @@ func (m *Manager) cloneVolume(ctx context.Context, op *operation, src *image, pl
 func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image, native bool) (*image, error) {
 	if !native {
 		err := m.canLayer(ctx, src)
-		if errors.Is(err, fault.Unsupported) || src.d.cfg.NativeOnly {
+		if errors.Is(err, fault.Unsupported) || src.d.now().NativeOnly {
 			return nil, engine.ErrDeclined
 		}
 		if err != nil {
@@ -344,7 +344,7 @@ func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *im
 		if !errors.Is(err, engine.ErrDeclined) {
 			return h, err
 		}
-		if src.d.cfg.NativeOnly {
+		if src.d.now().NativeOnly {
 			return how{}, src.d.nativeOnly("clone", rec.layout())
 		}
 		if err := m.canLayer(ctx, src); err == nil {

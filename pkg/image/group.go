@@ -153,7 +153,7 @@ func (m *Manager) cutTogether(ctx context.Context, op *operation, members []*cut
 			native = false
 		}
 	}
-	if !native && !d.cfg.NativeOnly {
+	if !native && !d.now().NativeOnly {
 		h, err := m.layTogether(ctx, op, members)
 		if !errors.Is(err, engine.ErrDeclined) {
 			return h, err
@@ -214,7 +214,7 @@ func (m *Manager) cutEach(ctx context.Context, op *operation, members []*cutting
 			err = d.caps.Snapshotter.SnapshotSlab(ctx, slab, c.spec())
 		}
 		if errors.Is(err, engine.ErrDeclined) {
-			if d.cfg.NativeOnly {
+			if d.now().NativeOnly {
 				return how{}, fault.New(fault.Unsupported, "domain %s is native-only and its storage (%s) has no native snapshot", d.id, d.desc.Location)
 			}
 			h = how{reason: "copy"}

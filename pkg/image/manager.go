@@ -181,7 +181,8 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	}
 	d := &domain{m: m, cfg: cfg, engine: e, users: engine.NewUsers(e), caps: engine.Discover(e), desc: desc, images: map[string]*image{},
 		names: map[string]string{}, children: map[string]map[*image]struct{}{}, pins: map[string]pinRecord{}, oldTags: map[string]time.Time{},
-		known: map[string]struct{}{}, underWay: newUnderWay(), strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1)}
+		known: map[string]struct{}{}, underWay: newUnderWay(), strays: map[string]time.Time{}, scanned: m.cfg.Now(), kick: make(chan struct{}, 1), stopped: make(chan struct{})}
+	d.settings.Store(&cfg)
 	if err := d.open(ctx); err != nil {
 		return "", err
 	}
@@ -200,9 +201,13 @@ func (m *Manager) AddDomain(ctx context.Context, cfg DomainConfig, e engine.Engi
 	m.dropUnlisted(cfg.Name)
 	klog.FromContext(ctx).Info("Domain opened", "domain", d.id, "engine", cfg.Engine, "location", desc.Location,
 		"epoch", d.epoch, "images", len(d.images), "capabilities", d.caps.List())
+	collecting, stop := context.WithCancel(klog.NewContext(m.ctx, klog.FromContext(ctx)))
+	d.stop = stop
 	if m.cfg.CollectEvery > 0 {
 		m.loops.Add(1)
-		go d.collectLoop(klog.NewContext(m.ctx, klog.FromContext(ctx)))
+		go d.collectLoop(collecting)
+	} else {
+		close(d.stopped)
 	}
 	return d.id, nil
 }

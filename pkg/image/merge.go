@@ -118,7 +118,7 @@ func (d *domain) merge(ctx context.Context, op *operation, img *image) error {
 	op.at(d.id, img.id)
 	op.took(how{reason: "merge"})
 	first, tries, pause, last := true, 0, mergeFirstLook, mergeLastLook
-	if d.cfg.BackgroundRate > 0 {
+	if d.now().BackgroundRate > 0 {
 		last = mergeRateLook
 	}
 	if d.m.cfg.LookEvery > 0 {
@@ -230,7 +230,7 @@ func (d *domain) mergeStep(ctx context.Context, op *operation, img *image, first
 	if running.began.IsZero() {
 		running.began = now
 	}
-	if due := running.due(d.cfg.BackgroundRate, state.Left); !state.Done && due.After(now) {
+	if due := running.due(d.now().BackgroundRate, state.Left); !state.Done && due.After(now) {
 		running.rests = due
 		return false, d.m.stopMergeOn(ctx, img, running.node)
 	}

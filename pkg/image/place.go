@@ -16,7 +16,7 @@ import (
 // named says whether a class that names the domain means this one: by its
 // configured name, its ID or an alias.
 func (d *domain) named(name string) bool {
-	return name == d.cfg.Name || name == d.id || slices.Contains(d.cfg.Aliases, name)
+	return name == d.cfg.Name || name == d.id || slices.Contains(d.now().Aliases, name)
 }
 
 // candidates lists the domains that a class names, in its order.
@@ -118,7 +118,7 @@ func (c *creation) fits(ctx context.Context, d *domain, srcSize int64) (int64, e
 	if d.cfg.Scope == ScopeNode && len(c.r.Nodes) > 0 && !slices.Contains(c.r.Nodes, d.cfg.Node) {
 		return 0, fault.New(fault.Exhausted, "domain %s belongs to node %s, the volume must be reachable from %s", d.id, d.cfg.Node, strings.Join(c.r.Nodes, ", "))
 	}
-	if c.src != nil && d != c.src.d && d.cfg.NativeOnly {
+	if c.src != nil && d != c.src.d && d.now().NativeOnly {
 		return 0, fault.New(fault.Invalid, "domain %s is native-only: a volume cannot be copied into it from domain %s", d.id, c.src.d.id)
 	}
 	maxSlab := d.desc.MaxSlabSize
@@ -147,8 +147,8 @@ type room struct {
 // free either.
 func (d *domain) room(ctx context.Context) (room, error) {
 	r := room{total: -1, available: -1}
-	if d.cfg.CapacityLimit > 0 {
-		r.total = d.cfg.CapacityLimit
+	if d.now().CapacityLimit > 0 {
+		r.total = d.now().CapacityLimit
 	}
 	if d.caps.Meter == nil {
 		return r, nil
@@ -204,10 +204,10 @@ func (d *domain) watch(ctx context.Context) {
 func (d *domain) left(r room) int64 {
 	n := int64(unlimited)
 	if r.total >= 0 {
-		n = int64(float64(r.total)*d.cfg.Overcommit) - d.promised
+		n = int64(float64(r.total)*d.now().Overcommit) - d.promised
 	}
 	if r.available >= 0 {
-		n = min(n, int64(float64(r.available)*d.cfg.Overcommit))
+		n = min(n, int64(float64(r.available)*d.now().Overcommit))
 	}
 	return max(0, n)
 }
@@ -237,7 +237,7 @@ func (d *domain) reserve(ctx context.Context, size int64) (release func(), err e
 	defer d.mu.Unlock()
 	if n := d.left(r); size > n {
 		err := fault.New(fault.Exhausted, "%s (%d bytes) are asked for, domain %s has %s (%d bytes) left to promise (overcommit %g): delete something, or give the storage more space",
-			bytesText(size), size, d.id, bytesText(n), n, d.cfg.Overcommit)
+			bytesText(size), size, d.id, bytesText(n), n, d.now().Overcommit)
 		if r.warning != "" {
 			err = fault.New(fault.Exhausted, "%w (%s)", err, r.warning)
 		}

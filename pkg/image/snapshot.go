@@ -143,7 +143,7 @@ func (c *cutting) intend(ctx context.Context, verb, group string) error {
 		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group, Crypt: rec.Crypt}
 	own := ""
 	// A group decides for all its members together.
-	if verb != opMember && !d.snapshots(&rec) && !d.cfg.NativeOnly && c.m.canLayer(ctx, c.src) == nil {
+	if verb != opMember && !d.snapshots(&rec) && !d.now().NativeOnly && c.m.canLayer(ctx, c.src) == nil {
 		c.layer, own = true, slab
 		c.rec.Parent, c.rec.Chunk = rec.Parent, rec.Chunk
 	}

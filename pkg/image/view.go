@@ -200,7 +200,7 @@ func (d *domain) measured(ctx context.Context) DomainInfo {
 }
 
 func (d *domain) info() DomainInfo {
-	v := DomainInfo{ID: d.id, Config: d.cfg, Open: true, Epoch: int64(d.epoch), Owner: d.m.cfg.Installation,
+	v := DomainInfo{ID: d.id, Config: *d.now(), Open: true, Epoch: int64(d.epoch), Owner: d.m.cfg.Installation,
 		Description: d.desc, Capabilities: d.caps.List()}
 	d.mu.Lock()
 	defer d.mu.Unlock()

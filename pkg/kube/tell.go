@@ -9,6 +9,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	corev1client "k8s.io/client-go/kubernetes/typed/core/v1"
 	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
@@ -38,6 +39,7 @@ type Subject struct {
 // message waits to be told.
 type message struct {
 	subject      Subject
+	object       *corev1.ObjectReference // instead of subject
 	kind         string
 	reason, text string
 }
@@ -60,6 +62,19 @@ func (t *Teller) Tell(s Subject, warning bool, reason, text string) {
 	if warning {
 		m.kind = corev1.EventTypeWarning
 	}
+	t.put(m)
+}
+
+// TellPod warns whoever looks at a pod: our own, by what its environment says of it.
+func (t *Teller) TellPod(namespace, name, uid, reason, text string) {
+	if name == "" {
+		return
+	}
+	t.put(message{object: &corev1.ObjectReference{APIVersion: "v1", Kind: "Pod", Namespace: namespace, Name: name, UID: types.UID(uid)},
+		kind: corev1.EventTypeWarning, reason: reason, text: text})
+}
+
+func (t *Teller) put(m message) {
 	select {
 	case t.queue <- m:
 	default:
@@ -82,7 +97,10 @@ func (t *Teller) Run(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case m := <-t.queue:
-			object, err := t.client.object(ctx, m.subject)
+			object, err := m.object, error(nil)
+			if object == nil {
+				object, err = t.client.object(ctx, m.subject)
+			}
 			if err != nil && ctx.Err() == nil {
 				log.Error(failed(err, "cannot find the claim or snapshot of %q", m.subject.Name), "An event is not told", "reason", m.reason, "message", m.text)
 			}

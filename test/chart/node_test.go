@@ -80,7 +80,7 @@ domains:
 	if before.String() != after.String() {
 		t.Errorf("the pods of agents differ:\n%s\n%s", before.String(), after.String())
 	}
-	if old := deployment(t, mustRender(t, release{})).Spec.Template; old.Annotations["checksum/domains"] == deployment(t, r).Spec.Template.Annotations["checksum/domains"] {
-		t.Error("the controllers would go on with the old file")
+	if old, now := deployment(t, mustRender(t, release{})).Spec.Template, deployment(t, r).Spec.Template; old.String() != now.String() { // they follow the file
+		t.Errorf("the pods of controllers differ:\n%s\n%s", old.String(), now.String())
 	}
 }
