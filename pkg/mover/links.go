@@ -1,12 +1,14 @@
 package mover
 
 import (
-	"fmt"
 	"slices"
 	"strconv"
 
 	"golang.org/x/sys/unix"
 )
+
+// stashPrefix begins the name of a linkStash.
+const stashPrefix = ".quarry-links-"
 
 // linkStash keeps one name of every file with several names in a directory of
 // its own, so that each further name is one link(2) away, however many
@@ -36,7 +38,7 @@ func (s *linkStash) chooseName(srcRoot int) error {
 		return sysErr(err, "read", "the copy's source")
 	}
 	for i := 0; ; i++ {
-		s.name = fmt.Sprintf(".quarry-links-%d", i)
+		s.name = stashPrefix + strconv.Itoa(i)
 		if !slices.Contains(names, s.name) {
 			return nil
 		}

@@ -3,6 +3,7 @@ package mover
 import (
 	"context"
 	"errors"
+	"io"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -14,6 +15,11 @@ import (
 type Files interface {
 	CopyBlock(ctx context.Context, src, dst string, opts image.BlockCopy) error
 	CopyTree(ctx context.Context, src, dst string, progress func(done, total int64)) error
+	// A copy between two hosts: one half on each, with a connection between them.
+	SendBlock(ctx context.Context, src string, opts image.BlockCopy, to io.Writer) error
+	ReceiveBlock(ctx context.Context, dst string, opts image.BlockCopy, from io.Reader) error
+	SendTree(ctx context.Context, src string, to io.Writer) error
+	ReceiveTree(ctx context.Context, dst string, progress func(done, total int64), from io.Reader) error
 	Zero(ctx context.Context, path string, from, to int64) error
 	FormatLayer(ctx context.Context, path string, size, chunk int64) error
 	Allocate(ctx context.Context, path string, size int64) error
@@ -106,6 +112,27 @@ func (l *Local) CopyTree(ctx context.Context, src image.Content, dst image.Place
 	return l.reading(ctx, src, func(from string) error {
 		return l.with(ctx, dst, false, func(to string) error { return l.Files.CopyTree(ctx, from, to, progress) })
 	})
+}
+
+// SendBlock is the source's half of CopyBlock between two hosts, ReceiveBlock, with the
+// same Size and From, the target's. What they write to and read from has to end with ctx.
+func (l *Local) SendBlock(ctx context.Context, src image.Content, opts image.BlockCopy, to io.Writer) error {
+	return l.reading(ctx, src, func(from string) error { return l.Files.SendBlock(ctx, from, opts, to) })
+}
+
+// ReceiveBlock is the other half of SendBlock.
+func (l *Local) ReceiveBlock(ctx context.Context, dst image.Place, opts image.BlockCopy, from io.Reader) error {
+	return l.with(ctx, dst, false, func(to string) error { return l.Files.ReceiveBlock(ctx, to, opts, from) })
+}
+
+// SendTree is the source's half of CopyTree between two hosts.
+func (l *Local) SendTree(ctx context.Context, src image.Content, to io.Writer) error {
+	return l.reading(ctx, src, func(from string) error { return l.Files.SendTree(ctx, from, to) })
+}
+
+// ReceiveTree is the other half of SendTree.
+func (l *Local) ReceiveTree(ctx context.Context, dst image.Place, progress func(done, total int64), from io.Reader) error {
+	return l.with(ctx, dst, false, func(to string) error { return l.Files.ReceiveTree(ctx, to, progress, from) })
 }
 
 // Zero implements image.Worker.
