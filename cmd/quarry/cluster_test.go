@@ -589,6 +589,47 @@ func (c *cluster) imports(controller, node string) {
 	again(c.t, csi.NewControllerClient(c.at(controller)).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: done.Image.Handle})
 }
 
+// TestARestoreOnAnotherNode: what n1 has for itself comes to n2 over connections of their own, between
+// real processes.
+func TestARestoreOnAnotherNode(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("quarry node needs root")
+	}
+	c := newCluster(t, ownStorage)
+	controller := c.controller("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	n1, n2 := c.agentOf("n1"), c.agentOf("n2")
+	to := csi.NewControllerClient(c.at("c1"))
+	const size = 4 << 20
+	create := func(name, node string, source *csi.VolumeContentSource) string {
+		t.Helper()
+		where := []*csi.Topology{{Segments: map[string]string{"csi.quarry.dev/node": node}}}
+		return again(t, to.CreateVolume, &csi.CreateVolumeRequest{Name: name, Parameters: map[string]string{"domain": "local"}, VolumeCapabilities: []*csi.VolumeCapability{blockWriter()},
+			CapacityRange: &csi.CapacityRange{RequiredBytes: size}, VolumeContentSource: source, AccessibilityRequirements: &csi.TopologyRequirement{Requisite: where, Preferred: where}}).GetVolume().GetVolumeId()
+	}
+	slab := func(node, volume string) string {
+		_, id, _ := strings.Cut(volume, "/")
+		return c.path("of-" + node + "/storage/slabs/" + id)
+	}
+	v := create("v", "n1", nil)
+	content := make([]byte, size)
+	_, _ = rand.Read(content[size/2:])
+	f, err := os.OpenFile(slab("n1", v), os.O_WRONLY, 0)
+	c.must(err)
+	_, err = f.WriteAt(content[size/2:], size/2)
+	c.must(errors.Join(err, f.Close()))
+	snapshot := again(t, to.CreateSnapshot, &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: v}).GetSnapshot().GetSnapshotId()
+	r := create("r", "n2", &csi.VolumeContentSource{Type: &csi.VolumeContentSource_Snapshot{Snapshot: &csi.VolumeContentSource_SnapshotSource{SnapshotId: snapshot}}})
+	got, err := os.ReadFile(slab("n2", r))
+	c.must(err)
+	if !bytes.Equal(got, content) {
+		t.Error("the restored volume holds something else")
+	}
+	n1.stop(t)
+	n2.stop(t)
+	controller.stop(t)
+}
+
 // TestAForgedAgentGetsInNowhere: a token that is none, and one of another node.
 func TestAForgedAgentGetsInNowhere(t *testing.T) {
 	if os.Geteuid() != 0 {

@@ -41,6 +41,7 @@ type Hub struct {
 	beside sync.WaitGroup
 
 	doubts *doubts
+	moves  moves
 
 	mu      sync.Mutex
 	closed  bool
@@ -69,7 +70,7 @@ type peer struct {
 // NewHub makes a Hub.
 func NewHub(cfg HubConfig) *Hub {
 	ctx, cancel := context.WithCancel(context.Background())
-	return &Hub{cfg: cfg, ctx: ctx, cancel: cancel, doubts: newDoubts(cfg.Lost), come: make(chan struct{}), peers: map[string]*peer{}, domains: map[string]*opening{}}
+	return &Hub{cfg: cfg, ctx: ctx, cancel: cancel, doubts: newDoubts(cfg.Lost), moves: moves{ends: map[string]*end{}}, come: make(chan struct{}), peers: map[string]*peer{}, domains: map[string]*opening{}}
 }
 
 // Serve takes connections until ctx ends, then closes all. manager answers what agents
@@ -117,9 +118,13 @@ func (h *Hub) Serve(ctx context.Context, l net.Listener, manager node.Manager) e
 
 // serve is the life of one connection.
 func (h *Hub) serve(ctx context.Context, conn net.Conn, manager node.Manager) error {
-	hello, err := h.welcome(ctx, conn)
+	hello, data, err := h.welcome(ctx, conn)
 	if err != nil {
 		return err
+	}
+	if data != nil {
+		data.serve(ctx, conn)
+		return nil
 	}
 	s, err := yamux.Server(conn, muxConfig())
 	if err != nil {
@@ -138,26 +143,29 @@ func (h *Hub) serve(ctx context.Context, conn net.Conn, manager node.Manager) er
 	return err
 }
 
-// welcome lets an agent in, or says why not.
-func (h *Hub) welcome(ctx context.Context, conn net.Conn) (*agentpb.Hello, error) {
+// welcome lets an agent in, or says why not. data: the connection is the end of a move.
+func (h *Hub) welcome(ctx context.Context, conn net.Conn) (hello *agentpb.Hello, data *end, err error) {
 	if err := conn.SetDeadline(time.Now().Add(helloLimit)); err != nil {
-		return nil, fault.Wrap(fault.Unavailable, err)
+		return nil, nil, fault.Wrap(fault.Unavailable, err)
 	}
-	hello := &agentpb.Hello{}
+	hello = &agentpb.Hello{}
 	if err := hear(conn, hello); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	err := checkHello(hello)
+	err = checkHello(hello)
 	if err == nil {
 		limited, cancel := context.WithTimeout(ctx, helloLimit)
 		err = h.cfg.Admit(limited, hello.GetToken(), hello.GetNode())
 		cancel()
 	}
+	if err == nil {
+		data, err = h.admitMove(hello)
+	}
 	answer := &agentpb.Welcome{Version: version, Release: h.cfg.Release}
 	if err != nil {
 		answer.Refused = err.Error()
 	}
-	return hello, errors.Join(err, introduce(conn, answer), fault.Wrap(fault.Unavailable, conn.SetDeadline(time.Time{})))
+	return hello, data, errors.Join(err, introduce(conn, answer), untimed(conn))
 }
 
 // join makes a session that of its node. An earlier one is ended: a node has one agent.

@@ -91,7 +91,7 @@ const retryFirst, retryLast = 200 * time.Millisecond, 5 * time.Second
 
 // Run connects until ctx ends, and serves what work and nodeAgent do. Domains stay open
 // between connections.
-func (l *Link) Run(ctx context.Context, nodeAgent image.ChainAgent, work image.Worker) error {
+func (l *Link) Run(ctx context.Context, nodeAgent image.ChainAgent, work Work) error {
 	log := klog.FromContext(ctx)
 	for pause := retryFirst; ; pause = min(2*pause, retryLast) {
 		began := time.Now()
@@ -116,7 +116,7 @@ func (l *Link) Run(ctx context.Context, nodeAgent image.ChainAgent, work image.W
 }
 
 // connect makes one connection and serves it to its end.
-func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work image.Worker) error {
+func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work Work) error {
 	conn, err := l.cfg.Dial(ctx)
 	if err != nil {
 		return fault.Wrap(fault.Unavailable, err)
@@ -124,7 +124,7 @@ func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work ima
 	defer conn.Close()
 	stop := context.AfterFunc(ctx, func() { _ = conn.Close() })
 	defer stop()
-	welcome, err := l.hello(conn)
+	welcome, err := l.hello(conn, "")
 	if err != nil {
 		return err
 	}
@@ -154,8 +154,8 @@ func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work ima
 	return serveStreams(s, services, l.cfg.Drain)
 }
 
-// hello introduces this agent.
-func (l *Link) hello(conn net.Conn) (*agentpb.Welcome, error) {
+// hello introduces this agent, for the link or with the ticket of a move.
+func (l *Link) hello(conn net.Conn, ticket string) (*agentpb.Welcome, error) {
 	token, err := l.cfg.Token()
 	if err != nil {
 		return nil, err
@@ -163,7 +163,7 @@ func (l *Link) hello(conn net.Conn) (*agentpb.Welcome, error) {
 	if err := conn.SetDeadline(time.Now().Add(helloLimit)); err != nil {
 		return nil, fault.Wrap(fault.Unavailable, err)
 	}
-	if err := introduce(conn, &agentpb.Hello{Version: version, Node: l.cfg.Node, Token: token, Release: l.cfg.Release, Engines: slices.Sorted(slices.Values(l.cfg.Engines))}); err != nil {
+	if err := introduce(conn, &agentpb.Hello{Version: version, Node: l.cfg.Node, Token: token, Release: l.cfg.Release, Engines: slices.Sorted(slices.Values(l.cfg.Engines)), Ticket: ticket}); err != nil {
 		return nil, err
 	}
 	w := &agentpb.Welcome{}
@@ -173,7 +173,7 @@ func (l *Link) hello(conn net.Conn) (*agentpb.Welcome, error) {
 	if w.GetRefused() != "" {
 		return nil, fault.New(fault.Permission, "the controller does not let this agent in: %s", w.GetRefused())
 	}
-	return w, fault.Wrap(fault.Unavailable, conn.SetDeadline(time.Time{}))
+	return w, untimed(conn)
 }
 
 // Engine of a domain that the controller has opened here. fault.Unavailable: it has not.

@@ -9,6 +9,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"errors"
+	"io"
 	"math/big"
 	"net"
 	"os"
@@ -192,6 +193,7 @@ type worker struct {
 	// waits for the copy any more.
 	slow, stuck chan struct{}
 	copies      *copies
+	began       []int64 // where copies from other nodes began
 }
 
 // agent starts one, with a token of its node.
@@ -241,9 +243,11 @@ func (w *worker) dial(ctx context.Context) (net.Conn, error) {
 		return nil, errors.New("no route")
 	}
 	conn, err := (&tls.Dialer{Config: tlsConfig}).DialContext(ctx, "tcp", address)
-	w.mu.Lock()
-	w.conn = conn
-	w.mu.Unlock()
+	if !w.link.Connected() { // else it is for data
+		w.mu.Lock()
+		w.conn = conn
+		w.mu.Unlock()
+	}
 	return conn, err
 }
 
@@ -271,6 +275,17 @@ type pausing struct {
 }
 
 func (p pausing) CopyBlock(ctx context.Context, src, dst string, o image.BlockCopy) error {
+	return p.block(ctx, dst, o, func(o image.BlockCopy) error { return p.Files.CopyBlock(ctx, src, dst, o) })
+}
+
+func (p pausing) ReceiveBlock(ctx context.Context, dst string, o image.BlockCopy, from io.Reader) error {
+	p.w.mu.Lock()
+	p.w.began = append(p.w.began, o.From)
+	p.w.mu.Unlock()
+	return p.block(ctx, dst, o, func(o image.BlockCopy) error { return p.Files.ReceiveBlock(ctx, dst, o, from) })
+}
+
+func (p pausing) block(ctx context.Context, dst string, o image.BlockCopy, copies func(image.BlockCopy) error) error {
 	defer p.w.copies.begin(dst)()
 	if seal := o.Checkpoint; seal != nil && (p.w.slow != nil || p.w.stuck != nil) {
 		o.Checkpoint = func(offset int64) error {
@@ -289,7 +304,7 @@ func (p pausing) CopyBlock(ctx context.Context, src, dst string, o image.BlockCo
 			}
 		}
 	}
-	return p.Files.CopyBlock(ctx, src, dst, o)
+	return copies(o)
 }
 
 // open opens a domain on the nodes.

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"net"
 	"slices"
 	"sync"
 	"time"
@@ -19,7 +20,7 @@ type service struct {
 	agentpb.UnimplementedAgentServer
 	link *Link
 	node image.ChainAgent
-	work image.Worker
+	work Work
 }
 
 const (
@@ -162,6 +163,9 @@ func (s *service) CopyBlock(stream grpc.BidiStreamingServer[agentpb.CopyBlockReq
 		}
 	}
 	return s.writing(stream.Context(), b.GetTarget(), func(to image.Place) error {
+		if b.GetTicket() != "" {
+			return s.moved(stream.Context(), b.GetTicket(), func(conn net.Conn) error { return s.work.ReceiveBlock(stream.Context(), to, opts, conn) })
+		}
 		return s.work.CopyBlock(stream.Context(), fromContent(b.GetSource()), to, opts)
 	})
 }
@@ -170,9 +174,13 @@ func (s *service) CopyTree(r *agentpb.CopyTreeRequest, stream grpc.ServerStreami
 	var t teller
 	defer t.end()
 	return s.writing(stream.Context(), r.GetTarget(), func(to image.Place) error {
-		return s.work.CopyTree(stream.Context(), fromContent(r.GetSource()), to, func(done, total int64) {
+		progress := func(done, total int64) {
 			t.sometimes(func() { _ = stream.Send(&agentpb.CopyTreeResponse{Done: done, Total: total}) })
-		})
+		}
+		if r.GetTicket() != "" {
+			return s.moved(stream.Context(), r.GetTicket(), func(conn net.Conn) error { return s.work.ReceiveTree(stream.Context(), to, progress, conn) })
+		}
+		return s.work.CopyTree(stream.Context(), fromContent(r.GetSource()), to, progress)
 	})
 }
 

@@ -54,12 +54,19 @@ func (h *Hub) reader(ctx context.Context, node string, domains ...string) (conte
 
 // CopyBlock implements image.Worker.
 func (h *Hub) CopyBlock(ctx context.Context, src image.Content, dst image.Place, opts image.BlockCopy) error {
+	if h.apart(src, dst) {
+		return h.writing(ctx, dst, "", []string{dst.Domain}, func(ctx context.Context, p *peer) error {
+			send := &agentpb.SendRequest{Size: opts.Size, From: opts.From, Rate: opts.Rate}
+			return h.move(ctx, src, p, send, func(ctx context.Context, ticket string) error { return p.copyBlock(ctx, src, dst, opts, ticket) })
+		})
+	}
 	return h.writing(ctx, dst, src.Node, []string{src.Domain, dst.Domain}, func(ctx context.Context, p *peer) error {
-		return p.copyBlock(ctx, src, dst, opts)
+		return p.copyBlock(ctx, src, dst, opts, "")
 	})
 }
 
-func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place, opts image.BlockCopy) error {
+// copyBlock copies on a node. ticket, if not "", is for the connection by which the content comes.
+func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place, opts image.BlockCopy, ticket string) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := p.rpc.CopyBlock(ctx)
@@ -68,7 +75,7 @@ func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place
 	}
 	// What sending fails of, receiving says.
 	_ = stream.Send(&agentpb.CopyBlockRequest{Begin: &agentpb.CopyBlockBegin{Source: toContent(src), Target: toPlace(dst), Size: opts.Size, From: opts.From,
-		TargetZeroed: opts.DstZeroed, Rate: opts.Rate, Checkpoints: opts.Checkpoint != nil}})
+		TargetZeroed: opts.DstZeroed, Rate: opts.Rate, Checkpoints: opts.Checkpoint != nil, Ticket: ticket}})
 	for {
 		m, err := stream.Recv()
 		switch {
@@ -90,14 +97,25 @@ func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place
 
 // CopyTree implements image.Worker.
 func (h *Hub) CopyTree(ctx context.Context, src image.Content, dst image.Place, progress func(done, total int64)) error {
-	return h.writing(ctx, dst, src.Node, []string{src.Domain, dst.Domain}, func(ctx context.Context, p *peer) error {
-		ctx, cancel := context.WithCancel(ctx)
-		defer cancel()
-		stream, err := p.rpc.CopyTree(ctx, &agentpb.CopyTreeRequest{Source: toContent(src), Target: toPlace(dst)})
-		return each(stream, err, func(m *agentpb.CopyTreeResponse) error {
-			progress(m.GetDone(), m.GetTotal())
-			return nil
+	if h.apart(src, dst) {
+		return h.writing(ctx, dst, "", []string{dst.Domain}, func(ctx context.Context, p *peer) error {
+			return h.move(ctx, src, p, &agentpb.SendRequest{Tree: true}, func(ctx context.Context, ticket string) error {
+				return p.copyTree(ctx, src, dst, progress, ticket)
+			})
 		})
+	}
+	return h.writing(ctx, dst, src.Node, []string{src.Domain, dst.Domain}, func(ctx context.Context, p *peer) error {
+		return p.copyTree(ctx, src, dst, progress, "")
+	})
+}
+
+func (p *peer) copyTree(ctx context.Context, src image.Content, dst image.Place, progress func(done, total int64), ticket string) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := p.rpc.CopyTree(ctx, &agentpb.CopyTreeRequest{Source: toContent(src), Target: toPlace(dst), Ticket: ticket})
+	return each(stream, err, func(m *agentpb.CopyTreeResponse) error {
+		progress(m.GetDone(), m.GetTotal())
+		return nil
 	})
 }
 

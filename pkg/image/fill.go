@@ -207,6 +207,8 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 	rate := int64(0)
 	if made, _ := dst.snapshot(); made.Op == opFlatten { // nobody waits for it
 		rate = dst.d.now().BackgroundRate
+	} else if !rec.Mutable && src.d.cfg.Node != dst.d.cfg.Node { // over a network that others use, while no filesystem is frozen
+		rate = lowest(src.d.now().BackgroundRate, dst.d.now().BackgroundRate)
 	}
 	if spec.Kind == engine.Tree {
 		err = m.cfg.Worker.CopyTree(ctx, in, out, op.progress)
@@ -218,6 +220,14 @@ func (m *Manager) copySlab(ctx context.Context, op *operation, src, dst *image, 
 		return err
 	}
 	return dst.d.zero(ctx, op, spec.ID, spec.Kind, rec.Size, spec.Size)
+}
+
+// lowest of two rates, of which 0 is none.
+func lowest(a, b int64) int64 {
+	if a == 0 || b == 0 {
+		return max(a, b)
+	}
+	return min(a, b)
 }
 
 // zero makes bytes from to to of a block slab read as zero, where new space of

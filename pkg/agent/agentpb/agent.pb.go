@@ -45,7 +45,10 @@ type Hello struct {
 	// release is Quarry's version, for people.
 	Release string `protobuf:"bytes,4,opt,name=release,proto3" json:"release,omitempty"`
 	// engines are the types of storage that the agent can open.
-	Engines       []string `protobuf:"bytes,5,rep,name=engines,proto3" json:"engines,omitempty"`
+	Engines []string `protobuf:"bytes,5,rep,name=engines,proto3" json:"engines,omitempty"`
+	// ticket, if not empty: this is no link, but one end of a data move, as the controller has
+	// asked for. After the Welcome it carries nothing but the data.
+	Ticket        string `protobuf:"bytes,6,opt,name=ticket,proto3" json:"ticket,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -113,6 +116,13 @@ func (x *Hello) GetEngines() []string {
 		return x.Engines
 	}
 	return nil
+}
+
+func (x *Hello) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
 }
 
 // Welcome is the answer, framed like Hello.
@@ -1960,7 +1970,9 @@ type CopyBlockBegin struct {
 	TargetZeroed bool                   `protobuf:"varint,5,opt,name=target_zeroed,json=targetZeroed,proto3" json:"target_zeroed,omitempty"`
 	Rate         int64                  `protobuf:"varint,6,opt,name=rate,proto3" json:"rate,omitempty"`
 	// checkpoints: the copy waits after each until it was sealed.
-	Checkpoints   bool `protobuf:"varint,7,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	Checkpoints bool `protobuf:"varint,7,opt,name=checkpoints,proto3" json:"checkpoints,omitempty"`
+	// ticket of a connection by which the content comes; empty: the source is on this node.
+	Ticket        string `protobuf:"bytes,8,opt,name=ticket,proto3" json:"ticket,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2044,6 +2056,13 @@ func (x *CopyBlockBegin) GetCheckpoints() bool {
 	return false
 }
 
+func (x *CopyBlockBegin) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
+}
+
 type CopyBlockResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Done  int64                  `protobuf:"varint,1,opt,name=done,proto3" json:"done,omitempty"`
@@ -2114,9 +2133,11 @@ func (x *CopyBlockResponse) GetDurable() int64 {
 }
 
 type CopyTreeRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Source        *Content               `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
-	Target        *Place                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Source *Content               `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Target *Place                 `protobuf:"bytes,2,opt,name=target,proto3" json:"target,omitempty"`
+	// ticket as in CopyBlockBegin.
+	Ticket        string `protobuf:"bytes,3,opt,name=ticket,proto3" json:"ticket,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2163,6 +2184,13 @@ func (x *CopyTreeRequest) GetTarget() *Place {
 		return x.Target
 	}
 	return nil
+}
+
+func (x *CopyTreeRequest) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
 }
 
 type CopyTreeResponse struct {
@@ -2217,6 +2245,127 @@ func (x *CopyTreeResponse) GetTotal() int64 {
 	return 0
 }
 
+type SendRequest struct {
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Source *Content               `protobuf:"bytes,1,opt,name=source,proto3" json:"source,omitempty"`
+	Ticket string                 `protobuf:"bytes,2,opt,name=ticket,proto3" json:"ticket,omitempty"`
+	// tree: the source is one; the others are of a block slab, as in CopyBlockBegin.
+	Tree          bool  `protobuf:"varint,3,opt,name=tree,proto3" json:"tree,omitempty"`
+	Size          int64 `protobuf:"varint,4,opt,name=size,proto3" json:"size,omitempty"`
+	From          int64 `protobuf:"varint,5,opt,name=from,proto3" json:"from,omitempty"`
+	Rate          int64 `protobuf:"varint,6,opt,name=rate,proto3" json:"rate,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SendRequest) Reset() {
+	*x = SendRequest{}
+	mi := &file_agent_proto_msgTypes[42]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SendRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SendRequest) ProtoMessage() {}
+
+func (x *SendRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[42]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SendRequest.ProtoReflect.Descriptor instead.
+func (*SendRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{42}
+}
+
+func (x *SendRequest) GetSource() *Content {
+	if x != nil {
+		return x.Source
+	}
+	return nil
+}
+
+func (x *SendRequest) GetTicket() string {
+	if x != nil {
+		return x.Ticket
+	}
+	return ""
+}
+
+func (x *SendRequest) GetTree() bool {
+	if x != nil {
+		return x.Tree
+	}
+	return false
+}
+
+func (x *SendRequest) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
+func (x *SendRequest) GetFrom() int64 {
+	if x != nil {
+		return x.From
+	}
+	return 0
+}
+
+func (x *SendRequest) GetRate() int64 {
+	if x != nil {
+		return x.Rate
+	}
+	return 0
+}
+
+type SendResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *SendResponse) Reset() {
+	*x = SendResponse{}
+	mi := &file_agent_proto_msgTypes[43]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *SendResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*SendResponse) ProtoMessage() {}
+
+func (x *SendResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[43]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use SendResponse.ProtoReflect.Descriptor instead.
+func (*SendResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{43}
+}
+
 type ZeroRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Place         *Place                 `protobuf:"bytes,1,opt,name=place,proto3" json:"place,omitempty"`
@@ -2228,7 +2377,7 @@ type ZeroRequest struct {
 
 func (x *ZeroRequest) Reset() {
 	*x = ZeroRequest{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2240,7 +2389,7 @@ func (x *ZeroRequest) String() string {
 func (*ZeroRequest) ProtoMessage() {}
 
 func (x *ZeroRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2253,7 +2402,7 @@ func (x *ZeroRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRequest.ProtoReflect.Descriptor instead.
 func (*ZeroRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *ZeroRequest) GetPlace() *Place {
@@ -2285,7 +2434,7 @@ type ZeroResponse struct {
 
 func (x *ZeroResponse) Reset() {
 	*x = ZeroResponse{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2297,7 +2446,7 @@ func (x *ZeroResponse) String() string {
 func (*ZeroResponse) ProtoMessage() {}
 
 func (x *ZeroResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2310,7 +2459,7 @@ func (x *ZeroResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroResponse.ProtoReflect.Descriptor instead.
 func (*ZeroResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 type FormatLayerRequest struct {
@@ -2324,7 +2473,7 @@ type FormatLayerRequest struct {
 
 func (x *FormatLayerRequest) Reset() {
 	*x = FormatLayerRequest{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2336,7 +2485,7 @@ func (x *FormatLayerRequest) String() string {
 func (*FormatLayerRequest) ProtoMessage() {}
 
 func (x *FormatLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2349,7 +2498,7 @@ func (x *FormatLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FormatLayerRequest.ProtoReflect.Descriptor instead.
 func (*FormatLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *FormatLayerRequest) GetPlace() *Place {
@@ -2381,7 +2530,7 @@ type FormatLayerResponse struct {
 
 func (x *FormatLayerResponse) Reset() {
 	*x = FormatLayerResponse{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2393,7 +2542,7 @@ func (x *FormatLayerResponse) String() string {
 func (*FormatLayerResponse) ProtoMessage() {}
 
 func (x *FormatLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2406,7 +2555,7 @@ func (x *FormatLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FormatLayerResponse.ProtoReflect.Descriptor instead.
 func (*FormatLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type AllocateRequest struct {
@@ -2419,7 +2568,7 @@ type AllocateRequest struct {
 
 func (x *AllocateRequest) Reset() {
 	*x = AllocateRequest{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2431,7 +2580,7 @@ func (x *AllocateRequest) String() string {
 func (*AllocateRequest) ProtoMessage() {}
 
 func (x *AllocateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2444,7 +2593,7 @@ func (x *AllocateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocateRequest.ProtoReflect.Descriptor instead.
 func (*AllocateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *AllocateRequest) GetPlace() *Place {
@@ -2469,7 +2618,7 @@ type AllocateResponse struct {
 
 func (x *AllocateResponse) Reset() {
 	*x = AllocateResponse{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2481,7 +2630,7 @@ func (x *AllocateResponse) String() string {
 func (*AllocateResponse) ProtoMessage() {}
 
 func (x *AllocateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2494,7 +2643,7 @@ func (x *AllocateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocateResponse.ProtoReflect.Descriptor instead.
 func (*AllocateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 type TrimLayerRequest struct {
@@ -2507,7 +2656,7 @@ type TrimLayerRequest struct {
 
 func (x *TrimLayerRequest) Reset() {
 	*x = TrimLayerRequest{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2519,7 +2668,7 @@ func (x *TrimLayerRequest) String() string {
 func (*TrimLayerRequest) ProtoMessage() {}
 
 func (x *TrimLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2532,7 +2681,7 @@ func (x *TrimLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimLayerRequest.ProtoReflect.Descriptor instead.
 func (*TrimLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *TrimLayerRequest) GetPlace() *Place {
@@ -2557,7 +2706,7 @@ type TrimLayerResponse struct {
 
 func (x *TrimLayerResponse) Reset() {
 	*x = TrimLayerResponse{}
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2569,7 +2718,7 @@ func (x *TrimLayerResponse) String() string {
 func (*TrimLayerResponse) ProtoMessage() {}
 
 func (x *TrimLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2582,7 +2731,7 @@ func (x *TrimLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimLayerResponse.ProtoReflect.Descriptor instead.
 func (*TrimLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 type CheckLayerRequest struct {
@@ -2594,7 +2743,7 @@ type CheckLayerRequest struct {
 
 func (x *CheckLayerRequest) Reset() {
 	*x = CheckLayerRequest{}
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2606,7 +2755,7 @@ func (x *CheckLayerRequest) String() string {
 func (*CheckLayerRequest) ProtoMessage() {}
 
 func (x *CheckLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2619,7 +2768,7 @@ func (x *CheckLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLayerRequest.ProtoReflect.Descriptor instead.
 func (*CheckLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *CheckLayerRequest) GetPlace() *Place {
@@ -2640,7 +2789,7 @@ type CheckLayerResponse struct {
 
 func (x *CheckLayerResponse) Reset() {
 	*x = CheckLayerResponse{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2652,7 +2801,7 @@ func (x *CheckLayerResponse) String() string {
 func (*CheckLayerResponse) ProtoMessage() {}
 
 func (x *CheckLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2665,7 +2814,7 @@ func (x *CheckLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLayerResponse.ProtoReflect.Descriptor instead.
 func (*CheckLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *CheckLayerResponse) GetLooked() bool {
@@ -2685,7 +2834,7 @@ type RepairLayerRequest struct {
 
 func (x *RepairLayerRequest) Reset() {
 	*x = RepairLayerRequest{}
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2697,7 +2846,7 @@ func (x *RepairLayerRequest) String() string {
 func (*RepairLayerRequest) ProtoMessage() {}
 
 func (x *RepairLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2710,7 +2859,7 @@ func (x *RepairLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairLayerRequest.ProtoReflect.Descriptor instead.
 func (*RepairLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *RepairLayerRequest) GetPlace() *Place {
@@ -2736,7 +2885,7 @@ type RepairLayerResponse struct {
 
 func (x *RepairLayerResponse) Reset() {
 	*x = RepairLayerResponse{}
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2748,7 +2897,7 @@ func (x *RepairLayerResponse) String() string {
 func (*RepairLayerResponse) ProtoMessage() {}
 
 func (x *RepairLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2761,7 +2910,7 @@ func (x *RepairLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairLayerResponse.ProtoReflect.Descriptor instead.
 func (*RepairLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *RepairLayerResponse) GetChunks() int64 {
@@ -2781,7 +2930,7 @@ type ExtentsRequest struct {
 
 func (x *ExtentsRequest) Reset() {
 	*x = ExtentsRequest{}
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2793,7 +2942,7 @@ func (x *ExtentsRequest) String() string {
 func (*ExtentsRequest) ProtoMessage() {}
 
 func (x *ExtentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2806,7 +2955,7 @@ func (x *ExtentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExtentsRequest.ProtoReflect.Descriptor instead.
 func (*ExtentsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *ExtentsRequest) GetPlace() *Place {
@@ -2833,7 +2982,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2845,7 +2994,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2858,7 +3007,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -2884,7 +3033,7 @@ type ExtentsResponse struct {
 
 func (x *ExtentsResponse) Reset() {
 	*x = ExtentsResponse{}
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2896,7 +3045,7 @@ func (x *ExtentsResponse) String() string {
 func (*ExtentsResponse) ProtoMessage() {}
 
 func (x *ExtentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2909,7 +3058,7 @@ func (x *ExtentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExtentsResponse.ProtoReflect.Descriptor instead.
 func (*ExtentsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ExtentsResponse) GetExtents() []*Extent {
@@ -2930,7 +3079,7 @@ type CompareRequest struct {
 
 func (x *CompareRequest) Reset() {
 	*x = CompareRequest{}
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2942,7 +3091,7 @@ func (x *CompareRequest) String() string {
 func (*CompareRequest) ProtoMessage() {}
 
 func (x *CompareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2955,7 +3104,7 @@ func (x *CompareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompareRequest.ProtoReflect.Descriptor instead.
 func (*CompareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *CompareRequest) GetA() *Content {
@@ -2983,13 +3132,14 @@ var File_agent_proto protoreflect.FileDescriptor
 
 const file_agent_proto_rawDesc = "" +
 	"\n" +
-	"\vagent.proto\x12\x0fquarry.agent.v1\"\x7f\n" +
+	"\vagent.proto\x12\x0fquarry.agent.v1\"\x97\x01\n" +
 	"\x05Hello\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x12\n" +
 	"\x04node\x18\x02 \x01(\tR\x04node\x12\x14\n" +
 	"\x05token\x18\x03 \x01(\tR\x05token\x12\x18\n" +
 	"\arelease\x18\x04 \x01(\tR\arelease\x12\x18\n" +
-	"\aengines\x18\x05 \x03(\tR\aengines\"W\n" +
+	"\aengines\x18\x05 \x03(\tR\aengines\x12\x16\n" +
+	"\x06ticket\x18\x06 \x01(\tR\x06ticket\"W\n" +
 	"\aWelcome\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\rR\aversion\x12\x18\n" +
 	"\arefused\x18\x02 \x01(\tR\arefused\x12\x18\n" +
@@ -3095,7 +3245,7 @@ const file_agent_proto_rawDesc = "" +
 	"\x04size\x18\x04 \x01(\x03R\x04size\"a\n" +
 	"\x10CopyBlockRequest\x125\n" +
 	"\x05begin\x18\x01 \x01(\v2\x1f.quarry.agent.v1.CopyBlockBeginR\x05begin\x12\x16\n" +
-	"\x06sealed\x18\x02 \x01(\bR\x06sealed\"\xf5\x01\n" +
+	"\x06sealed\x18\x02 \x01(\bR\x06sealed\"\x8d\x02\n" +
 	"\x0eCopyBlockBegin\x120\n" +
 	"\x06source\x18\x01 \x01(\v2\x18.quarry.agent.v1.ContentR\x06source\x12.\n" +
 	"\x06target\x18\x02 \x01(\v2\x16.quarry.agent.v1.PlaceR\x06target\x12\x12\n" +
@@ -3103,20 +3253,30 @@ const file_agent_proto_rawDesc = "" +
 	"\x04from\x18\x04 \x01(\x03R\x04from\x12#\n" +
 	"\rtarget_zeroed\x18\x05 \x01(\bR\ftargetZeroed\x12\x12\n" +
 	"\x04rate\x18\x06 \x01(\x03R\x04rate\x12 \n" +
-	"\vcheckpoints\x18\a \x01(\bR\vcheckpoints\"w\n" +
+	"\vcheckpoints\x18\a \x01(\bR\vcheckpoints\x12\x16\n" +
+	"\x06ticket\x18\b \x01(\tR\x06ticket\"w\n" +
 	"\x11CopyBlockResponse\x12\x12\n" +
 	"\x04done\x18\x01 \x01(\x03R\x04done\x12\x14\n" +
 	"\x05total\x18\x02 \x01(\x03R\x05total\x12\x1e\n" +
 	"\n" +
 	"checkpoint\x18\x03 \x01(\bR\n" +
 	"checkpoint\x12\x18\n" +
-	"\adurable\x18\x04 \x01(\x03R\adurable\"s\n" +
+	"\adurable\x18\x04 \x01(\x03R\adurable\"\x8b\x01\n" +
 	"\x0fCopyTreeRequest\x120\n" +
 	"\x06source\x18\x01 \x01(\v2\x18.quarry.agent.v1.ContentR\x06source\x12.\n" +
-	"\x06target\x18\x02 \x01(\v2\x16.quarry.agent.v1.PlaceR\x06target\"<\n" +
+	"\x06target\x18\x02 \x01(\v2\x16.quarry.agent.v1.PlaceR\x06target\x12\x16\n" +
+	"\x06ticket\x18\x03 \x01(\tR\x06ticket\"<\n" +
 	"\x10CopyTreeResponse\x12\x12\n" +
 	"\x04done\x18\x01 \x01(\x03R\x04done\x12\x14\n" +
-	"\x05total\x18\x02 \x01(\x03R\x05total\"_\n" +
+	"\x05total\x18\x02 \x01(\x03R\x05total\"\xa7\x01\n" +
+	"\vSendRequest\x120\n" +
+	"\x06source\x18\x01 \x01(\v2\x18.quarry.agent.v1.ContentR\x06source\x12\x16\n" +
+	"\x06ticket\x18\x02 \x01(\tR\x06ticket\x12\x12\n" +
+	"\x04tree\x18\x03 \x01(\bR\x04tree\x12\x12\n" +
+	"\x04size\x18\x04 \x01(\x03R\x04size\x12\x12\n" +
+	"\x04from\x18\x05 \x01(\x03R\x04from\x12\x12\n" +
+	"\x04rate\x18\x06 \x01(\x03R\x04rate\"\x0e\n" +
+	"\fSendResponse\"_\n" +
 	"\vZeroRequest\x12,\n" +
 	"\x05place\x18\x01 \x01(\v2\x16.quarry.agent.v1.PlaceR\x05place\x12\x12\n" +
 	"\x04from\x18\x02 \x01(\x03R\x04from\x12\x0e\n" +
@@ -3162,7 +3322,7 @@ const file_agent_proto_rawDesc = "" +
 	"\tFormatted\x12!.quarry.agent.v1.FormattedRequest\x1a\".quarry.agent.v1.FormattedResponse\x12F\n" +
 	"\x05Built\x12\x1d.quarry.agent.v1.BuiltRequest\x1a\x1e.quarry.agent.v1.BuiltResponse\x12L\n" +
 	"\aOutline\x12\x1f.quarry.agent.v1.OutlineRequest\x1a .quarry.agent.v1.OutlineResponse\x12O\n" +
-	"\bUnstaged\x12 .quarry.agent.v1.UnstagedRequest\x1a!.quarry.agent.v1.UnstagedResponse2\x9d\x0e\n" +
+	"\bUnstaged\x12 .quarry.agent.v1.UnstagedRequest\x1a!.quarry.agent.v1.UnstagedResponse2\xe2\x0e\n" +
 	"\x05Agent\x12F\n" +
 	"\x05Adopt\x12\x1d.quarry.agent.v1.AdoptRequest\x1a\x1e.quarry.agent.v1.AdoptResponse\x12I\n" +
 	"\x06Settle\x12\x1e.quarry.agent.v1.SettleRequest\x1a\x1f.quarry.agent.v1.SettleResponse\x12I\n" +
@@ -3178,6 +3338,7 @@ const file_agent_proto_rawDesc = "" +
 	"\tStopMerge\x12\x1d.quarry.agent.v1.ChainRequest\x1a\".quarry.agent.v1.StopMergeResponse\x12V\n" +
 	"\tCopyBlock\x12!.quarry.agent.v1.CopyBlockRequest\x1a\".quarry.agent.v1.CopyBlockResponse(\x010\x01\x12Q\n" +
 	"\bCopyTree\x12 .quarry.agent.v1.CopyTreeRequest\x1a!.quarry.agent.v1.CopyTreeResponse0\x01\x12C\n" +
+	"\x04Send\x12\x1c.quarry.agent.v1.SendRequest\x1a\x1d.quarry.agent.v1.SendResponse\x12C\n" +
 	"\x04Zero\x12\x1c.quarry.agent.v1.ZeroRequest\x1a\x1d.quarry.agent.v1.ZeroResponse\x12X\n" +
 	"\vFormatLayer\x12#.quarry.agent.v1.FormatLayerRequest\x1a$.quarry.agent.v1.FormatLayerResponse\x12O\n" +
 	"\bAllocate\x12 .quarry.agent.v1.AllocateRequest\x1a!.quarry.agent.v1.AllocateResponse\x12R\n" +
@@ -3201,7 +3362,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 58)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),               // 0: quarry.agent.v1.Hello
 	(*Welcome)(nil),             // 1: quarry.agent.v1.Welcome
@@ -3245,22 +3406,24 @@ var file_agent_proto_goTypes = []any{
 	(*CopyBlockResponse)(nil),   // 39: quarry.agent.v1.CopyBlockResponse
 	(*CopyTreeRequest)(nil),     // 40: quarry.agent.v1.CopyTreeRequest
 	(*CopyTreeResponse)(nil),    // 41: quarry.agent.v1.CopyTreeResponse
-	(*ZeroRequest)(nil),         // 42: quarry.agent.v1.ZeroRequest
-	(*ZeroResponse)(nil),        // 43: quarry.agent.v1.ZeroResponse
-	(*FormatLayerRequest)(nil),  // 44: quarry.agent.v1.FormatLayerRequest
-	(*FormatLayerResponse)(nil), // 45: quarry.agent.v1.FormatLayerResponse
-	(*AllocateRequest)(nil),     // 46: quarry.agent.v1.AllocateRequest
-	(*AllocateResponse)(nil),    // 47: quarry.agent.v1.AllocateResponse
-	(*TrimLayerRequest)(nil),    // 48: quarry.agent.v1.TrimLayerRequest
-	(*TrimLayerResponse)(nil),   // 49: quarry.agent.v1.TrimLayerResponse
-	(*CheckLayerRequest)(nil),   // 50: quarry.agent.v1.CheckLayerRequest
-	(*CheckLayerResponse)(nil),  // 51: quarry.agent.v1.CheckLayerResponse
-	(*RepairLayerRequest)(nil),  // 52: quarry.agent.v1.RepairLayerRequest
-	(*RepairLayerResponse)(nil), // 53: quarry.agent.v1.RepairLayerResponse
-	(*ExtentsRequest)(nil),      // 54: quarry.agent.v1.ExtentsRequest
-	(*Extent)(nil),              // 55: quarry.agent.v1.Extent
-	(*ExtentsResponse)(nil),     // 56: quarry.agent.v1.ExtentsResponse
-	(*CompareRequest)(nil),      // 57: quarry.agent.v1.CompareRequest
+	(*SendRequest)(nil),         // 42: quarry.agent.v1.SendRequest
+	(*SendResponse)(nil),        // 43: quarry.agent.v1.SendResponse
+	(*ZeroRequest)(nil),         // 44: quarry.agent.v1.ZeroRequest
+	(*ZeroResponse)(nil),        // 45: quarry.agent.v1.ZeroResponse
+	(*FormatLayerRequest)(nil),  // 46: quarry.agent.v1.FormatLayerRequest
+	(*FormatLayerResponse)(nil), // 47: quarry.agent.v1.FormatLayerResponse
+	(*AllocateRequest)(nil),     // 48: quarry.agent.v1.AllocateRequest
+	(*AllocateResponse)(nil),    // 49: quarry.agent.v1.AllocateResponse
+	(*TrimLayerRequest)(nil),    // 50: quarry.agent.v1.TrimLayerRequest
+	(*TrimLayerResponse)(nil),   // 51: quarry.agent.v1.TrimLayerResponse
+	(*CheckLayerRequest)(nil),   // 52: quarry.agent.v1.CheckLayerRequest
+	(*CheckLayerResponse)(nil),  // 53: quarry.agent.v1.CheckLayerResponse
+	(*RepairLayerRequest)(nil),  // 54: quarry.agent.v1.RepairLayerRequest
+	(*RepairLayerResponse)(nil), // 55: quarry.agent.v1.RepairLayerResponse
+	(*ExtentsRequest)(nil),      // 56: quarry.agent.v1.ExtentsRequest
+	(*Extent)(nil),              // 57: quarry.agent.v1.Extent
+	(*ExtentsResponse)(nil),     // 58: quarry.agent.v1.ExtentsResponse
+	(*CompareRequest)(nil),      // 59: quarry.agent.v1.CompareRequest
 }
 var file_agent_proto_depIdxs = []int32{
 	2,  // 0: quarry.agent.v1.Staging.handle:type_name -> quarry.agent.v1.Handle
@@ -3285,78 +3448,81 @@ var file_agent_proto_depIdxs = []int32{
 	35, // 19: quarry.agent.v1.CopyBlockBegin.target:type_name -> quarry.agent.v1.Place
 	36, // 20: quarry.agent.v1.CopyTreeRequest.source:type_name -> quarry.agent.v1.Content
 	35, // 21: quarry.agent.v1.CopyTreeRequest.target:type_name -> quarry.agent.v1.Place
-	35, // 22: quarry.agent.v1.ZeroRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 23: quarry.agent.v1.FormatLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 24: quarry.agent.v1.AllocateRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 25: quarry.agent.v1.TrimLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 26: quarry.agent.v1.CheckLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 27: quarry.agent.v1.RepairLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 28: quarry.agent.v1.ExtentsRequest.place:type_name -> quarry.agent.v1.Place
-	55, // 29: quarry.agent.v1.ExtentsResponse.extents:type_name -> quarry.agent.v1.Extent
-	36, // 30: quarry.agent.v1.CompareRequest.a:type_name -> quarry.agent.v1.Content
-	36, // 31: quarry.agent.v1.CompareRequest.b:type_name -> quarry.agent.v1.Content
-	55, // 32: quarry.agent.v1.CompareRequest.ranges:type_name -> quarry.agent.v1.Extent
-	5,  // 33: quarry.agent.v1.Controller.Stage:input_type -> quarry.agent.v1.StageRequest
-	7,  // 34: quarry.agent.v1.Controller.Formatted:input_type -> quarry.agent.v1.FormattedRequest
-	9,  // 35: quarry.agent.v1.Controller.Built:input_type -> quarry.agent.v1.BuiltRequest
-	11, // 36: quarry.agent.v1.Controller.Outline:input_type -> quarry.agent.v1.OutlineRequest
-	13, // 37: quarry.agent.v1.Controller.Unstaged:input_type -> quarry.agent.v1.UnstagedRequest
-	15, // 38: quarry.agent.v1.Agent.Adopt:input_type -> quarry.agent.v1.AdoptRequest
-	18, // 39: quarry.agent.v1.Agent.Settle:input_type -> quarry.agent.v1.SettleRequest
-	21, // 40: quarry.agent.v1.Agent.Freeze:input_type -> quarry.agent.v1.FreezeRequest
-	20, // 41: quarry.agent.v1.Agent.Thaw:input_type -> quarry.agent.v1.ImageRequest
-	20, // 42: quarry.agent.v1.Agent.Staged:input_type -> quarry.agent.v1.ImageRequest
-	20, // 43: quarry.agent.v1.Agent.Layers:input_type -> quarry.agent.v1.ImageRequest
-	26, // 44: quarry.agent.v1.Agent.Switch:input_type -> quarry.agent.v1.SwitchRequest
-	26, // 45: quarry.agent.v1.Agent.Prepare:input_type -> quarry.agent.v1.SwitchRequest
-	26, // 46: quarry.agent.v1.Agent.Hold:input_type -> quarry.agent.v1.SwitchRequest
-	30, // 47: quarry.agent.v1.Agent.Release:input_type -> quarry.agent.v1.ReleaseRequest
-	32, // 48: quarry.agent.v1.Agent.Merge:input_type -> quarry.agent.v1.ChainRequest
-	32, // 49: quarry.agent.v1.Agent.StopMerge:input_type -> quarry.agent.v1.ChainRequest
-	37, // 50: quarry.agent.v1.Agent.CopyBlock:input_type -> quarry.agent.v1.CopyBlockRequest
-	40, // 51: quarry.agent.v1.Agent.CopyTree:input_type -> quarry.agent.v1.CopyTreeRequest
-	42, // 52: quarry.agent.v1.Agent.Zero:input_type -> quarry.agent.v1.ZeroRequest
-	44, // 53: quarry.agent.v1.Agent.FormatLayer:input_type -> quarry.agent.v1.FormatLayerRequest
-	46, // 54: quarry.agent.v1.Agent.Allocate:input_type -> quarry.agent.v1.AllocateRequest
-	48, // 55: quarry.agent.v1.Agent.TrimLayer:input_type -> quarry.agent.v1.TrimLayerRequest
-	50, // 56: quarry.agent.v1.Agent.CheckLayer:input_type -> quarry.agent.v1.CheckLayerRequest
-	52, // 57: quarry.agent.v1.Agent.RepairLayer:input_type -> quarry.agent.v1.RepairLayerRequest
-	54, // 58: quarry.agent.v1.Agent.LayerExtents:input_type -> quarry.agent.v1.ExtentsRequest
-	54, // 59: quarry.agent.v1.Agent.DataExtents:input_type -> quarry.agent.v1.ExtentsRequest
-	57, // 60: quarry.agent.v1.Agent.Compare:input_type -> quarry.agent.v1.CompareRequest
-	6,  // 61: quarry.agent.v1.Controller.Stage:output_type -> quarry.agent.v1.StageResponse
-	8,  // 62: quarry.agent.v1.Controller.Formatted:output_type -> quarry.agent.v1.FormattedResponse
-	10, // 63: quarry.agent.v1.Controller.Built:output_type -> quarry.agent.v1.BuiltResponse
-	12, // 64: quarry.agent.v1.Controller.Outline:output_type -> quarry.agent.v1.OutlineResponse
-	14, // 65: quarry.agent.v1.Controller.Unstaged:output_type -> quarry.agent.v1.UnstagedResponse
-	17, // 66: quarry.agent.v1.Agent.Adopt:output_type -> quarry.agent.v1.AdoptResponse
-	19, // 67: quarry.agent.v1.Agent.Settle:output_type -> quarry.agent.v1.SettleResponse
-	22, // 68: quarry.agent.v1.Agent.Freeze:output_type -> quarry.agent.v1.FreezeResponse
-	23, // 69: quarry.agent.v1.Agent.Thaw:output_type -> quarry.agent.v1.ThawResponse
-	24, // 70: quarry.agent.v1.Agent.Staged:output_type -> quarry.agent.v1.StagedResponse
-	25, // 71: quarry.agent.v1.Agent.Layers:output_type -> quarry.agent.v1.LayersResponse
-	27, // 72: quarry.agent.v1.Agent.Switch:output_type -> quarry.agent.v1.SwitchResponse
-	28, // 73: quarry.agent.v1.Agent.Prepare:output_type -> quarry.agent.v1.PrepareResponse
-	29, // 74: quarry.agent.v1.Agent.Hold:output_type -> quarry.agent.v1.HoldResponse
-	31, // 75: quarry.agent.v1.Agent.Release:output_type -> quarry.agent.v1.ReleaseResponse
-	33, // 76: quarry.agent.v1.Agent.Merge:output_type -> quarry.agent.v1.MergeResponse
-	34, // 77: quarry.agent.v1.Agent.StopMerge:output_type -> quarry.agent.v1.StopMergeResponse
-	39, // 78: quarry.agent.v1.Agent.CopyBlock:output_type -> quarry.agent.v1.CopyBlockResponse
-	41, // 79: quarry.agent.v1.Agent.CopyTree:output_type -> quarry.agent.v1.CopyTreeResponse
-	43, // 80: quarry.agent.v1.Agent.Zero:output_type -> quarry.agent.v1.ZeroResponse
-	45, // 81: quarry.agent.v1.Agent.FormatLayer:output_type -> quarry.agent.v1.FormatLayerResponse
-	47, // 82: quarry.agent.v1.Agent.Allocate:output_type -> quarry.agent.v1.AllocateResponse
-	49, // 83: quarry.agent.v1.Agent.TrimLayer:output_type -> quarry.agent.v1.TrimLayerResponse
-	51, // 84: quarry.agent.v1.Agent.CheckLayer:output_type -> quarry.agent.v1.CheckLayerResponse
-	53, // 85: quarry.agent.v1.Agent.RepairLayer:output_type -> quarry.agent.v1.RepairLayerResponse
-	56, // 86: quarry.agent.v1.Agent.LayerExtents:output_type -> quarry.agent.v1.ExtentsResponse
-	56, // 87: quarry.agent.v1.Agent.DataExtents:output_type -> quarry.agent.v1.ExtentsResponse
-	56, // 88: quarry.agent.v1.Agent.Compare:output_type -> quarry.agent.v1.ExtentsResponse
-	61, // [61:89] is the sub-list for method output_type
-	33, // [33:61] is the sub-list for method input_type
-	33, // [33:33] is the sub-list for extension type_name
-	33, // [33:33] is the sub-list for extension extendee
-	0,  // [0:33] is the sub-list for field type_name
+	36, // 22: quarry.agent.v1.SendRequest.source:type_name -> quarry.agent.v1.Content
+	35, // 23: quarry.agent.v1.ZeroRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 24: quarry.agent.v1.FormatLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 25: quarry.agent.v1.AllocateRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 26: quarry.agent.v1.TrimLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 27: quarry.agent.v1.CheckLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 28: quarry.agent.v1.RepairLayerRequest.place:type_name -> quarry.agent.v1.Place
+	35, // 29: quarry.agent.v1.ExtentsRequest.place:type_name -> quarry.agent.v1.Place
+	57, // 30: quarry.agent.v1.ExtentsResponse.extents:type_name -> quarry.agent.v1.Extent
+	36, // 31: quarry.agent.v1.CompareRequest.a:type_name -> quarry.agent.v1.Content
+	36, // 32: quarry.agent.v1.CompareRequest.b:type_name -> quarry.agent.v1.Content
+	57, // 33: quarry.agent.v1.CompareRequest.ranges:type_name -> quarry.agent.v1.Extent
+	5,  // 34: quarry.agent.v1.Controller.Stage:input_type -> quarry.agent.v1.StageRequest
+	7,  // 35: quarry.agent.v1.Controller.Formatted:input_type -> quarry.agent.v1.FormattedRequest
+	9,  // 36: quarry.agent.v1.Controller.Built:input_type -> quarry.agent.v1.BuiltRequest
+	11, // 37: quarry.agent.v1.Controller.Outline:input_type -> quarry.agent.v1.OutlineRequest
+	13, // 38: quarry.agent.v1.Controller.Unstaged:input_type -> quarry.agent.v1.UnstagedRequest
+	15, // 39: quarry.agent.v1.Agent.Adopt:input_type -> quarry.agent.v1.AdoptRequest
+	18, // 40: quarry.agent.v1.Agent.Settle:input_type -> quarry.agent.v1.SettleRequest
+	21, // 41: quarry.agent.v1.Agent.Freeze:input_type -> quarry.agent.v1.FreezeRequest
+	20, // 42: quarry.agent.v1.Agent.Thaw:input_type -> quarry.agent.v1.ImageRequest
+	20, // 43: quarry.agent.v1.Agent.Staged:input_type -> quarry.agent.v1.ImageRequest
+	20, // 44: quarry.agent.v1.Agent.Layers:input_type -> quarry.agent.v1.ImageRequest
+	26, // 45: quarry.agent.v1.Agent.Switch:input_type -> quarry.agent.v1.SwitchRequest
+	26, // 46: quarry.agent.v1.Agent.Prepare:input_type -> quarry.agent.v1.SwitchRequest
+	26, // 47: quarry.agent.v1.Agent.Hold:input_type -> quarry.agent.v1.SwitchRequest
+	30, // 48: quarry.agent.v1.Agent.Release:input_type -> quarry.agent.v1.ReleaseRequest
+	32, // 49: quarry.agent.v1.Agent.Merge:input_type -> quarry.agent.v1.ChainRequest
+	32, // 50: quarry.agent.v1.Agent.StopMerge:input_type -> quarry.agent.v1.ChainRequest
+	37, // 51: quarry.agent.v1.Agent.CopyBlock:input_type -> quarry.agent.v1.CopyBlockRequest
+	40, // 52: quarry.agent.v1.Agent.CopyTree:input_type -> quarry.agent.v1.CopyTreeRequest
+	42, // 53: quarry.agent.v1.Agent.Send:input_type -> quarry.agent.v1.SendRequest
+	44, // 54: quarry.agent.v1.Agent.Zero:input_type -> quarry.agent.v1.ZeroRequest
+	46, // 55: quarry.agent.v1.Agent.FormatLayer:input_type -> quarry.agent.v1.FormatLayerRequest
+	48, // 56: quarry.agent.v1.Agent.Allocate:input_type -> quarry.agent.v1.AllocateRequest
+	50, // 57: quarry.agent.v1.Agent.TrimLayer:input_type -> quarry.agent.v1.TrimLayerRequest
+	52, // 58: quarry.agent.v1.Agent.CheckLayer:input_type -> quarry.agent.v1.CheckLayerRequest
+	54, // 59: quarry.agent.v1.Agent.RepairLayer:input_type -> quarry.agent.v1.RepairLayerRequest
+	56, // 60: quarry.agent.v1.Agent.LayerExtents:input_type -> quarry.agent.v1.ExtentsRequest
+	56, // 61: quarry.agent.v1.Agent.DataExtents:input_type -> quarry.agent.v1.ExtentsRequest
+	59, // 62: quarry.agent.v1.Agent.Compare:input_type -> quarry.agent.v1.CompareRequest
+	6,  // 63: quarry.agent.v1.Controller.Stage:output_type -> quarry.agent.v1.StageResponse
+	8,  // 64: quarry.agent.v1.Controller.Formatted:output_type -> quarry.agent.v1.FormattedResponse
+	10, // 65: quarry.agent.v1.Controller.Built:output_type -> quarry.agent.v1.BuiltResponse
+	12, // 66: quarry.agent.v1.Controller.Outline:output_type -> quarry.agent.v1.OutlineResponse
+	14, // 67: quarry.agent.v1.Controller.Unstaged:output_type -> quarry.agent.v1.UnstagedResponse
+	17, // 68: quarry.agent.v1.Agent.Adopt:output_type -> quarry.agent.v1.AdoptResponse
+	19, // 69: quarry.agent.v1.Agent.Settle:output_type -> quarry.agent.v1.SettleResponse
+	22, // 70: quarry.agent.v1.Agent.Freeze:output_type -> quarry.agent.v1.FreezeResponse
+	23, // 71: quarry.agent.v1.Agent.Thaw:output_type -> quarry.agent.v1.ThawResponse
+	24, // 72: quarry.agent.v1.Agent.Staged:output_type -> quarry.agent.v1.StagedResponse
+	25, // 73: quarry.agent.v1.Agent.Layers:output_type -> quarry.agent.v1.LayersResponse
+	27, // 74: quarry.agent.v1.Agent.Switch:output_type -> quarry.agent.v1.SwitchResponse
+	28, // 75: quarry.agent.v1.Agent.Prepare:output_type -> quarry.agent.v1.PrepareResponse
+	29, // 76: quarry.agent.v1.Agent.Hold:output_type -> quarry.agent.v1.HoldResponse
+	31, // 77: quarry.agent.v1.Agent.Release:output_type -> quarry.agent.v1.ReleaseResponse
+	33, // 78: quarry.agent.v1.Agent.Merge:output_type -> quarry.agent.v1.MergeResponse
+	34, // 79: quarry.agent.v1.Agent.StopMerge:output_type -> quarry.agent.v1.StopMergeResponse
+	39, // 80: quarry.agent.v1.Agent.CopyBlock:output_type -> quarry.agent.v1.CopyBlockResponse
+	41, // 81: quarry.agent.v1.Agent.CopyTree:output_type -> quarry.agent.v1.CopyTreeResponse
+	43, // 82: quarry.agent.v1.Agent.Send:output_type -> quarry.agent.v1.SendResponse
+	45, // 83: quarry.agent.v1.Agent.Zero:output_type -> quarry.agent.v1.ZeroResponse
+	47, // 84: quarry.agent.v1.Agent.FormatLayer:output_type -> quarry.agent.v1.FormatLayerResponse
+	49, // 85: quarry.agent.v1.Agent.Allocate:output_type -> quarry.agent.v1.AllocateResponse
+	51, // 86: quarry.agent.v1.Agent.TrimLayer:output_type -> quarry.agent.v1.TrimLayerResponse
+	53, // 87: quarry.agent.v1.Agent.CheckLayer:output_type -> quarry.agent.v1.CheckLayerResponse
+	55, // 88: quarry.agent.v1.Agent.RepairLayer:output_type -> quarry.agent.v1.RepairLayerResponse
+	58, // 89: quarry.agent.v1.Agent.LayerExtents:output_type -> quarry.agent.v1.ExtentsResponse
+	58, // 90: quarry.agent.v1.Agent.DataExtents:output_type -> quarry.agent.v1.ExtentsResponse
+	58, // 91: quarry.agent.v1.Agent.Compare:output_type -> quarry.agent.v1.ExtentsResponse
+	63, // [63:92] is the sub-list for method output_type
+	34, // [34:63] is the sub-list for method input_type
+	34, // [34:34] is the sub-list for extension type_name
+	34, // [34:34] is the sub-list for extension extendee
+	0,  // [0:34] is the sub-list for field type_name
 }
 
 func init() { file_agent_proto_init() }
@@ -3370,7 +3536,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   58,
+			NumMessages:   60,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

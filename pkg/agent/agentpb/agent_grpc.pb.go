@@ -303,6 +303,7 @@ const (
 	Agent_StopMerge_FullMethodName    = "/quarry.agent.v1.Agent/StopMerge"
 	Agent_CopyBlock_FullMethodName    = "/quarry.agent.v1.Agent/CopyBlock"
 	Agent_CopyTree_FullMethodName     = "/quarry.agent.v1.Agent/CopyTree"
+	Agent_Send_FullMethodName         = "/quarry.agent.v1.Agent/Send"
 	Agent_Zero_FullMethodName         = "/quarry.agent.v1.Agent/Zero"
 	Agent_FormatLayer_FullMethodName  = "/quarry.agent.v1.Agent/FormatLayer"
 	Agent_Allocate_FullMethodName     = "/quarry.agent.v1.Agent/Allocate"
@@ -339,6 +340,9 @@ type AgentClient interface {
 	StopMerge(ctx context.Context, in *ChainRequest, opts ...grpc.CallOption) (*StopMergeResponse, error)
 	CopyBlock(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[CopyBlockRequest, CopyBlockResponse], error)
 	CopyTree(ctx context.Context, in *CopyTreeRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[CopyTreeResponse], error)
+	// Send is the source's half of a copy whose target is on another node; that one's is
+	// CopyBlock or CopyTree with a ticket. It answers when everything was sent.
+	Send(ctx context.Context, in *SendRequest, opts ...grpc.CallOption) (*SendResponse, error)
 	Zero(ctx context.Context, in *ZeroRequest, opts ...grpc.CallOption) (*ZeroResponse, error)
 	FormatLayer(ctx context.Context, in *FormatLayerRequest, opts ...grpc.CallOption) (*FormatLayerResponse, error)
 	Allocate(ctx context.Context, in *AllocateRequest, opts ...grpc.CallOption) (*AllocateResponse, error)
@@ -510,6 +514,16 @@ func (c *agentClient) CopyTree(ctx context.Context, in *CopyTreeRequest, opts ..
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_CopyTreeClient = grpc.ServerStreamingClient[CopyTreeResponse]
 
+func (c *agentClient) Send(ctx context.Context, in *SendRequest, opts ...grpc.CallOption) (*SendResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(SendResponse)
+	err := c.cc.Invoke(ctx, Agent_Send_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
 func (c *agentClient) Zero(ctx context.Context, in *ZeroRequest, opts ...grpc.CallOption) (*ZeroResponse, error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(ZeroResponse)
@@ -652,6 +666,9 @@ type AgentServer interface {
 	StopMerge(context.Context, *ChainRequest) (*StopMergeResponse, error)
 	CopyBlock(grpc.BidiStreamingServer[CopyBlockRequest, CopyBlockResponse]) error
 	CopyTree(*CopyTreeRequest, grpc.ServerStreamingServer[CopyTreeResponse]) error
+	// Send is the source's half of a copy whose target is on another node; that one's is
+	// CopyBlock or CopyTree with a ticket. It answers when everything was sent.
+	Send(context.Context, *SendRequest) (*SendResponse, error)
 	Zero(context.Context, *ZeroRequest) (*ZeroResponse, error)
 	FormatLayer(context.Context, *FormatLayerRequest) (*FormatLayerResponse, error)
 	Allocate(context.Context, *AllocateRequest) (*AllocateResponse, error)
@@ -712,6 +729,9 @@ func (UnimplementedAgentServer) CopyBlock(grpc.BidiStreamingServer[CopyBlockRequ
 }
 func (UnimplementedAgentServer) CopyTree(*CopyTreeRequest, grpc.ServerStreamingServer[CopyTreeResponse]) error {
 	return status.Error(codes.Unimplemented, "method CopyTree not implemented")
+}
+func (UnimplementedAgentServer) Send(context.Context, *SendRequest) (*SendResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Send not implemented")
 }
 func (UnimplementedAgentServer) Zero(context.Context, *ZeroRequest) (*ZeroResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Zero not implemented")
@@ -995,6 +1015,24 @@ func _Agent_CopyTree_Handler(srv interface{}, stream grpc.ServerStream) error {
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
 type Agent_CopyTreeServer = grpc.ServerStreamingServer[CopyTreeResponse]
 
+func _Agent_Send_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(SendRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Send(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Send_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Send(ctx, req.(*SendRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
 func _Agent_Zero_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
 	in := new(ZeroRequest)
 	if err := dec(in); err != nil {
@@ -1190,6 +1228,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "StopMerge",
 			Handler:    _Agent_StopMerge_Handler,
+		},
+		{
+			MethodName: "Send",
+			Handler:    _Agent_Send_Handler,
 		},
 		{
 			MethodName: "Zero",
