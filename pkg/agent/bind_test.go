@@ -15,7 +15,7 @@ import (
 func (r *rig) nodes(node, path string, takeOver bool) (id string, err error) {
 	d, err := r.hub.OpenDomain(r.ctx, agent.DomainSpec{Name: "b", Engine: "dir", Params: map[string]string{"path": path}, Node: node})
 	r.must(err)
-	id, err = r.manager.AddDomain(r.ctx, image.DomainConfig{Name: "b", Engine: "dir", Scope: image.ScopeNode, Node: node, Overcommit: 1000, TakeOver: takeOver}, d)
+	id, err = r.manager.AddDomain(r.ctx, image.DomainConfig{Name: "b", Engine: "dir", Scope: image.ScopeNode, Node: node, Overcommit: 1000, TakeOver: takeOver, BackgroundRate: r.rates[node]}, d)
 	if err != nil {
 		return "", errors.Join(err, d.Close())
 	}

@@ -72,6 +72,21 @@ func (d *doubts) end(p image.Place) {
 	delete(d.at, p)
 }
 
+// forget drops what was kept of a slab that does not exist any more: its name is not used again.
+func (h *Hub) forget(o *opening, slab string) {
+	o.mu.Lock()
+	ids := o.ids
+	o.mu.Unlock()
+	if len(ids) == 0 {
+		return
+	}
+	p := image.Place{Domain: ids[0], Slab: slab}
+	h.doubts.mu.Lock()
+	defer h.doubts.mu.Unlock()
+	delete(h.doubts.at, p)
+	delete(h.doubts.settled, p)
+}
+
 // settle waits until nobody else can be writing a slab. old: also of work that an earlier
 // controller asked for. fault.Unavailable: somebody is, and cannot be stopped.
 func (h *Hub) settle(ctx context.Context, p image.Place, old bool) error {

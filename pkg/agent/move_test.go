@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -112,6 +113,29 @@ func TestARestoreOnAnotherNode(t *testing.T) {
 	}())
 	a.must(err)
 	a.same(back, content)
+}
+
+// TestAMoveKeepsToTheLowerRate of both domains; one of a volume, which is kept still for it, does not.
+func TestAMoveKeepsToTheLowerRate(t *testing.T) {
+	a := newApart(t)
+	next := a.successor()
+	next.rates = map[string]int64{"n1": 64 << 20, "n2": 32 << 20}
+	a.one.moves(next)
+	a.two.moves(next)
+	a.rig = next
+	a.openAll()
+	v, content := a.sparse("v", 4<<20)
+	snap, err := a.manager.CreateSnapshot(a.ctx, image.SnapshotRequest{Name: "s", Source: v.Handle})
+	a.must(err)
+	a.same(a.again(on("n2", "r", snap.Handle.String(), 4<<20)), content)
+	clone := on("n2", "c", v.Handle.String(), 4<<20)
+	clone.SourceMutable = true
+	a.same(a.again(clone), content)
+	a.one.mu.Lock()
+	defer a.one.mu.Unlock()
+	if want := []int64{32 << 20, 0}; !slices.Equal(a.one.rates, want) {
+		t.Errorf("the rates were %d, want %d", a.one.rates, want)
+	}
 }
 
 // TestADirectoryOnAnotherNode is the same with files.

@@ -43,8 +43,9 @@ type rig struct {
 	dirs    map[string]string // domain: directory
 	stop    func()
 
-	lost   time.Duration // agent.HubConfig.Lost
-	copies *copies       // on all nodes, of whatever controller
+	lost   time.Duration    // agent.HubConfig.Lost
+	copies *copies          // on all nodes, of whatever controller
+	rates  map[string]int64 // node: backgroundRate of its own domain
 
 	mu     sync.Mutex
 	tokens map[string]string // token: node
@@ -194,6 +195,7 @@ type worker struct {
 	slow, stuck chan struct{}
 	copies      *copies
 	began       []int64 // where copies from other nodes began
+	rates       []int64 // of copies to other nodes, in bytes per second
 }
 
 // agent starts one, with a token of its node.
@@ -283,6 +285,13 @@ func (p pausing) ReceiveBlock(ctx context.Context, dst string, o image.BlockCopy
 	p.w.began = append(p.w.began, o.From)
 	p.w.mu.Unlock()
 	return p.block(ctx, dst, o, func(o image.BlockCopy) error { return p.Files.ReceiveBlock(ctx, dst, o, from) })
+}
+
+func (p pausing) SendBlock(ctx context.Context, src string, o image.BlockCopy, to io.Writer) error {
+	p.w.mu.Lock()
+	p.w.rates = append(p.w.rates, o.Rate)
+	p.w.mu.Unlock()
+	return p.Files.SendBlock(ctx, src, o, to)
 }
 
 func (p pausing) block(ctx context.Context, dst string, o image.BlockCopy, copies func(image.BlockCopy) error) error {

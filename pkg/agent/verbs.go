@@ -72,7 +72,11 @@ func (d *Domain) ResizeSlab(ctx context.Context, id string, size int64) error {
 
 // DeleteSlab runs on a node.
 func (d *Domain) DeleteSlab(ctx context.Context, id string) error {
-	return d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.DeleteSlab(ctx, id) })
+	err := d.do(ctx, func(ctx context.Context, e *remote.Engine) error { return e.DeleteSlab(ctx, id) })
+	if err == nil {
+		d.hub.forget(d.o, id)
+	}
+	return err
 }
 
 // ListSlabs runs on a node.
