@@ -205,6 +205,32 @@ func TestAMoveIsBrokenOff(t *testing.T) {
 	}
 }
 
+// TestAMoveThatFailsSaysWhy: what was wrong on the target's node, and not that the source's lost
+// its connection then; and nothing remains.
+func TestAMoveThatFailsSaysWhy(t *testing.T) {
+	a := newApart(t)
+	const size = 96 << 20 // more data than connections hold
+	v, content := a.sparse("v", size)
+	snap, err := a.manager.CreateSnapshot(a.ctx, image.SnapshotRequest{Name: "s", Source: v.Handle})
+	a.must(err)
+	a.two.full = true
+	request := on("n2", "r", snap.Handle.String(), size)
+	_, err = a.manager.CreateVolume(a.ctx, request)
+	if a.is(err, fault.Exhausted); !strings.Contains(err.Error(), "node n2") {
+		t.Errorf("the error is %v", err)
+	}
+	left, err := filepath.Glob(filepath.Join(a.dir["n2"], "slabs", "*"))
+	if a.must(err); len(left) > 0 {
+		t.Errorf("there are still %v", left)
+	}
+	a.two.full = false
+	a.same(a.again(request), content)
+
+	a.must(os.Truncate(a.path(snap), size/2)) // as if a disk had lost it
+	_, err = a.manager.CreateVolume(a.ctx, on("n2", "r2", snap.Handle.String(), size))
+	a.is(err, fault.Corrupt)
+}
+
 // TestTheNextControllerGoesOnWithAMove where it was.
 func TestTheNextControllerGoesOnWithAMove(t *testing.T) {
 	a := newApart(t)

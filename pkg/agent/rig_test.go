@@ -194,6 +194,7 @@ type worker struct {
 	// waits for the copy any more.
 	slow, stuck chan struct{}
 	copies      *copies
+	full        bool    // copies find no space after their first checkpoint
 	began       []int64 // where copies from other nodes began
 	rates       []int64 // of copies to other nodes, in bytes per second
 }
@@ -312,6 +313,9 @@ func (p pausing) block(ctx context.Context, dst string, o image.BlockCopy, copie
 				return ctx.Err()
 			}
 		}
+	}
+	if p.w.full {
+		o.Checkpoint = func(int64) error { return fault.New(fault.Exhausted, "no space") }
 	}
 	return copies(o)
 }

@@ -207,7 +207,7 @@ func (t *treeReceiver) file(n *wireNode, dir *handle, name string) error {
 	if err := j.create(); err != nil {
 		return err
 	}
-	defer unix.Close(j.fd) // flushed by syncfs
+	defer func() { _ = unix.Close(j.fd) }() // flushed by syncfs
 	p := &pair{dst: j.fd, dstName: string(n.Name), dstZeroed: true, noRange: new(atomic.Bool), throttle: t.m.throttle, zeros: t.zeros}
 	if err := unix.Ftruncate(j.fd, n.Size); err != nil {
 		return err
