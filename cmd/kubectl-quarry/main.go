@@ -155,7 +155,7 @@ func ask[T any](ctx context.Context, c *cli, call func(*admin.Client) (T, error)
 	if err != nil {
 		return out, err
 	}
-	defer at.close()
+	defer func() { err = errors.Join(err, at.close()) }()
 	out, err = call(at.Client)
 	if errors.Is(err, fault.Unavailable) && at.hint != "" {
 		err = fmt.Errorf("%w: %s", err, at.hint)

@@ -333,6 +333,9 @@ func (c *leader) begin(e domain.Entry) {
 			c.opening.one(c.ctx, e, node, now, nil)
 		}
 	}
+	if c.expected != nil { // it is known which nodes there are
+		c.tellMissing(e)
+	}
 }
 
 // follow makes the entries of a changed domains file those in force. One who does not lead

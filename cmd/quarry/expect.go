@@ -121,22 +121,30 @@ func (c *leader) listed(ctx context.Context, ready map[string]bool) {
 			left[node] = true
 		}
 	}
+	was := c.missing
+	c.missing = missing
 	for _, e := range c.entries {
 		if e.Scope != domain.ScopeNode {
 			continue
 		}
-		for node := range missing {
-			c.manager.Unopened(e.Config(node), fault.New(fault.Unavailable, "no agent of node %s has connected since this controller leads: look at the quarry pod there", node))
-		}
-		for node := range c.missing {
+		for node := range was {
 			if !missing[node] && c.nodes[node] == nil {
 				c.manager.Gone(e.Config(node))
 			}
 		}
-		c.manager.Listed(e.Name)
+		c.tellMissing(e)
 	}
 	if len(left) > 0 && !maps.Equal(left, c.left) {
 		klog.FromContext(ctx).Info("What these nodes have for themselves is left out until their agents connect", "nodes", slices.Sorted(maps.Keys(left)))
 	}
-	c.missing, c.left = missing, left
+	c.left = left
+}
+
+// tellMissing tells the Image Manager which nodes are missing that may have a domain of an entry,
+// and that these are all. The caller holds c.mu.
+func (c *leader) tellMissing(e domain.Entry) {
+	for node := range c.missing {
+		c.manager.Unopened(e.Config(node), fault.New(fault.Unavailable, "no agent of node %s has connected since this controller leads: look at the quarry pod there", node))
+	}
+	c.manager.Listed(e.Name)
 }

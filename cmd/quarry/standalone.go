@@ -45,7 +45,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 	if err != nil {
 		return err
 	}
-	defer operators.close()
+	defer func() { _ = operators.close() }() // those that served are closed already
 
 	tracer, flush, err := tracing(ctx, o.nodeID)
 	if err != nil {

@@ -99,11 +99,10 @@ func ask[T any](ctx context.Context, c *Client, method, path string, query url.V
 		if errors.As(err, &made) {
 			err = made.Err // without the made-up URL
 		}
-		kind := fault.Unavailable
-		if known := new(fault.Error); errors.As(err, &known) { // the way there says more
-			kind = known.Kind
+		if known := new(fault.Error); errors.As(err, &known) { // the way there says it all
+			return out, known
 		}
-		return out, fault.New(kind, "quarry does not answer on %s: %w", c.where, err)
+		return out, fault.New(fault.Unavailable, "quarry does not answer on %s: %w", c.where, err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode == http.StatusOK {

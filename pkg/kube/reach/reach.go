@@ -84,7 +84,15 @@ type Controller struct {
 
 // String names it for people.
 func (c *Controller) String() string {
-	return fmt.Sprintf("pod %s/%s (context %q)", c.Namespace, c.Pod, c.context)
+	return "pod " + c.Namespace + "/" + c.Pod + " (" + c.cluster() + ")"
+}
+
+// cluster names the cluster for people.
+func (c *Controller) cluster() string {
+	if c.context == "" { // it is said by flags, or by the pod that this runs in
+		return c.cfg.Host
+	}
+	return fmt.Sprintf("context %q", c.context)
 }
 
 // Find finds the controller that leads. fault.Invalid: there is no such cluster in the
@@ -177,14 +185,14 @@ func (c *Controller) pods(ctx context.Context, in string, said bool) ([]pod, err
 	slices.Sort(spaces)
 	spaces = slices.Compact(spaces)
 	if len(spaces) > 1 {
-		return nil, fault.New(fault.Invalid, "the cluster of context %q has Quarry in several namespaces: say which one with --namespace: %s", c.context, strings.Join(spaces, ", "))
+		return nil, fault.New(fault.Invalid, "the cluster (%s) has Quarry in several namespaces: say which one with --namespace: %s", c.cluster(), strings.Join(spaces, ", "))
 	}
 	if len(found) == 0 {
 		where := "in any namespace"
 		if places[0] != "" {
 			where = "in namespace " + strings.Join(places, " or ")
 		}
-		return nil, fault.New(fault.NotFound, "no pod of Quarry's controller runs %s of the cluster of context %q (labels %s)", where, c.context, Selector)
+		return nil, fault.New(fault.NotFound, "no pod of Quarry's controller runs %s of the cluster (%s; labels %s)", where, c.cluster(), Selector)
 	}
 	return found, nil
 }
@@ -253,7 +261,7 @@ func (c *Controller) failed(err error, what, verb, resource, where string) error
 	case errors.Is(err, context.Canceled):
 		return fault.New(fault.Canceled, "%s: %w", what, err)
 	case apierrors.IsUnauthorized(err):
-		return fault.New(fault.Permission, "%s: the cluster of context %q does not accept these credentials: %w", what, c.context, err)
+		return fault.New(fault.Permission, "%s: the cluster (%s) does not accept these credentials: %w", what, c.cluster(), err)
 	case apierrors.IsForbidden(err):
 		return fault.New(fault.Permission, "%s: %w: you need the right to %s %s %s", what, err, verb, resource, where)
 	case apierrors.IsNotFound(err):
@@ -263,5 +271,5 @@ func (c *Controller) failed(err error, what, verb, resource, where string) error
 	if errors.As(err, &status) {
 		return fault.New(fault.Unavailable, "%s: %w", what, err)
 	}
-	return fault.New(fault.Unavailable, "%s: the cluster of context %q cannot be reached: %w", what, c.context, err)
+	return fault.New(fault.Unavailable, "%s: the cluster (%s) cannot be reached: %w", what, c.cluster(), err)
 }

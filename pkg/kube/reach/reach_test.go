@@ -123,18 +123,18 @@ func TestWhyTheControllerIsNotFound(t *testing.T) {
 		kind      fault.Kind // Unknown where it is found
 		want      string
 	}{
-		"nobody":                      {nil, "", nil, nil, fault.NotFound, `no pod of Quarry's controller runs in any namespace of the cluster of context "here" (labels app.kubernetes.io/name=quarry,app.kubernetes.io/component=controller)`},
-		"not there":                   {one, "c-1", nil, []string{"-n", "other"}, fault.NotFound, `no pod of Quarry's controller runs in namespace other of the cluster of context "here"`},
-		"two Quarries":                {append(one, reachtest.Pod{Namespace: "a", Name: "c"}), "c-1", nil, nil, fault.Invalid, `the cluster of context "here" has Quarry in several namespaces: say which one with --namespace: a, quarry-system`},
+		"nobody":                      {nil, "", nil, nil, fault.NotFound, `no pod of Quarry's controller runs in any namespace of the cluster (context "here"; labels app.kubernetes.io/name=quarry,app.kubernetes.io/component=controller)`},
+		"not there":                   {one, "c-1", nil, []string{"-n", "other"}, fault.NotFound, `no pod of Quarry's controller runs in namespace other of the cluster (context "here"; labels `},
+		"two Quarries":                {append(one, reachtest.Pod{Namespace: "a", Name: "c"}), "c-1", nil, nil, fault.Invalid, `the cluster (context "here") has Quarry in several namespaces: say which one with --namespace: a, quarry-system`},
 		"nobody leads":                {two, "c-9", nil, nil, fault.Unavailable, `no controller in namespace quarry-system leads now (the Lease quarry-controller names "c-9", which does not run): try again in a moment`},
 		"may not look everywhere":     {two, "c-1", []string{everywhere}, nil, 0, ""},
 		"may look at one place":       {two, "c-1", []string{everywhere, mine}, nil, 0, ""},
 		"may look nowhere":            {two, "c-1", []string{everywhere, mine, system}, nil, fault.Permission, `cannot look for Quarry's controller: Forbidden: /api/v1/namespaces/quarry-system/pods: you need the right to list pods in its namespace, and say which one that is with --namespace`},
 		"may not see the Lease":       {two, "c-1", []string{lease}, nil, fault.Permission, `cannot tell which of 2 controllers leads: Forbidden: /apis/coordination.k8s.io/v1/namespaces/quarry-system/leases/quarry-controller: you need the right to get leases.coordination.k8s.io named quarry-controller in namespace quarry-system`},
 		"need not see it with one":    {one, "", []string{lease}, nil, 0, ""},
-		"bad credentials":             {one, "c-1", nil, []string{"--context", "stranger"}, fault.Permission, `cannot look for Quarry's controller: the cluster of context "stranger" does not accept these credentials: `},
+		"bad credentials":             {one, "c-1", nil, []string{"--context", "stranger"}, fault.Permission, `cannot look for Quarry's controller: the cluster (context "stranger") does not accept these credentials: `},
 		"unknown context":             {one, "c-1", nil, []string{"--context", "none"}, fault.Invalid, `kubeconfig: context "none" does not exist`},
-		"a cluster that is not there": {one, "c-1", nil, []string{"--server", "https://127.0.0.1:1"}, fault.Unavailable, `cannot look for Quarry's controller: the cluster of context "here" cannot be reached: `},
+		"a cluster that is not there": {one, "c-1", nil, []string{"--server", "https://127.0.0.1:1"}, fault.Unavailable, `cannot look for Quarry's controller: the cluster (context "here") cannot be reached: `},
 	} {
 		t.Run(what, func(t *testing.T) {
 			cluster, config := reachtest.New(t)

@@ -190,7 +190,7 @@ func serve(data, reason httpstream.Stream, address, port string) {
 	defer data.Close()
 	conn, err := net.Dial("tcp", address)
 	if err != nil {
-		fmt.Fprintf(reason, "failed to connect to localhost:%s inside namespace: connection refused", port)
+		_, _ = fmt.Fprintf(reason, "failed to connect to localhost:%s inside namespace: connection refused", port)
 		return
 	}
 	defer conn.Close()
