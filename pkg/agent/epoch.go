@@ -141,6 +141,18 @@ func (g *gate) raise(epochs map[string]int64) (older []*call) {
 	return older
 }
 
+// heard takes note of the epoch of an answer. fault.Unavailable: it is of a controller that
+// was overtaken.
+func (g *gate) heard(domain string, epoch int64) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if epoch < g.highest[domain] {
+		return overtaken(domain, g.highest[domain], epoch)
+	}
+	g.raise(map[string]int64{domain: epoch})
+	return nil
+}
+
 // adopt is raise for a controller that has come. It waits until what earlier ones asked
 // has ended, but not for ever: what hangs on a dead server must not cut the node off.
 func (g *gate) adopt(ctx context.Context, epochs map[string]int64) error {

@@ -52,6 +52,10 @@ func TestAnOlderControllerIsRefused(t *testing.T) {
 	r.must(err)
 	d.Adopt(r.ctx, epoch, id)
 	v := r.volume("v", "a", 1<<20)
+	attached, err := r.manager.Attach(r.ctx, v.Handle, "n1", writer(), false)
+	r.must(err)
+	_, err = one.link.Stage(r.ctx, v.Handle, "", attached.Generation)
+	r.must(err)
 	next := r.successor()
 	one.moves(next)
 	next.open("a", "")
@@ -72,6 +76,10 @@ func TestAnOlderControllerIsRefused(t *testing.T) {
 		"layers": func(n image.ChainAgent) error { return n.Layers(r.ctx, v.Handle) },
 		"switch": func(n image.ChainAgent) error {
 			return n.Switch(r.ctx, []image.Staging{{Handle: v.Handle, Domain: "a", Epoch: 1}}, "")
+		},
+		"stage": func(image.ChainAgent) error {
+			_, err := one.link.Stage(r.ctx, v.Handle, "", attached.Generation)
+			return err
 		},
 		"delete slab": func(image.ChainAgent) error { return d.DeleteSlab(r.ctx, v.Slab) },
 		"create tag":  func(image.ChainAgent) error { return d.CreateTag(r.ctx, engine.Tag{Name: "x.y"}) },

@@ -242,7 +242,11 @@ func (l *Link) Stage(ctx context.Context, h image.Handle, _ string, generation i
 	if err != nil {
 		return image.Staging{}, rpcfault.FromStatus(err)
 	}
-	return fromStaging(r.GetStaging()), nil
+	st := fromStaging(r.GetStaging())
+	if err := l.gate.heard(st.Domain, st.Epoch); err != nil {
+		return image.Staging{}, err
+	}
+	return st, nil
 }
 
 // Formatted implements node.Manager.
