@@ -120,7 +120,7 @@ func (g *gate) enter(ctx context.Context, epochs map[string]int64) (_ context.Co
 type callKey struct{}
 
 func overtaken(domain string, highest, epoch int64) error {
-	return fault.New(fault.Unavailable, "domain %s has a newer controller (epoch %d, this one has %d): ask that one", domain, highest, epoch)
+	return fault.New(fault.Unavailable, "domain %s has a newer controller (epoch %d, this one has %d): ask that one; or, if its storage was emptied and begun anew, restart the agent of this node", domain, highest, epoch)
 }
 
 // raise notes epochs, and ends what runs for earlier ones; it returns these calls. The

@@ -102,9 +102,10 @@ func (h *Hub) apart(src image.Content, dst image.Place) bool {
 	return errSrc == nil && errDst == nil
 }
 
-// move lets the node that has src send it to the node to. receive is what that does with
-// its ticket.
-func (h *Hub) move(ctx context.Context, src image.Content, to *peer, send *agentpb.SendRequest, receive func(ctx context.Context, ticket string) error) error {
+// move lets the node that has src send it to the node to, which writes dst. receive is what that
+// does with its ticket. When it returns nothing is written any more, or the error is
+// fault.Unavailable.
+func (h *Hub) move(ctx context.Context, src image.Content, dst image.Place, to *peer, send *agentpb.SendRequest, receive func(ctx context.Context, ticket string) error) error {
 	from, err := h.worker(src.Node, src.Domain)
 	if err != nil {
 		return err
@@ -146,6 +147,13 @@ func (h *Hub) move(ctx context.Context, src image.Content, to *peer, send *agent
 	part("receive on node "+to.node, func() error { return receive(ctx, receives) })
 	part("pass on from node "+from.node+" to node "+to.node, func() error { return relay(ctx, a, b) })
 	all.Wait()
+	if why == nil {
+		return nil
+	}
+	// What failed may be the other half: then this one was canceled, and has yet to end.
+	if still := h.settleOn(context.WithoutCancel(ctx), dst, to.node); still != nil {
+		return fault.New(fault.Unavailable, "%w (%w)", why, still)
+	}
 	return why
 }
 

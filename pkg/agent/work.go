@@ -57,7 +57,7 @@ func (h *Hub) CopyBlock(ctx context.Context, src image.Content, dst image.Place,
 	if h.apart(src, dst) {
 		return h.writing(ctx, dst, "", []string{dst.Domain}, func(ctx context.Context, p *peer) error {
 			send := &agentpb.SendRequest{Size: opts.Size, From: opts.From, Rate: opts.Rate}
-			return h.move(ctx, src, p, send, func(ctx context.Context, ticket string) error { return p.copyBlock(ctx, src, dst, opts, ticket) })
+			return h.move(ctx, src, dst, p, send, func(ctx context.Context, ticket string) error { return p.copyBlock(ctx, src, dst, opts, ticket) })
 		})
 	}
 	return h.writing(ctx, dst, src.Node, []string{src.Domain, dst.Domain}, func(ctx context.Context, p *peer) error {
@@ -85,7 +85,10 @@ func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place
 			return rpcfault.FromStatus(err)
 		case m.GetCheckpoint() && opts.Checkpoint != nil:
 			if err := opts.Checkpoint(m.GetDurable()); err != nil {
-				p.hub.doubts.note(dst, p.node, fault.Canceled) // which the agent has yet to hear
+				cancel()
+				if still := p.hub.settleOn(context.WithoutCancel(ctx), dst, p.node); still != nil {
+					p.hub.doubts.note(dst, p.node, still)
+				}
 				return err
 			}
 			_ = stream.Send(&agentpb.CopyBlockRequest{Sealed: true})
@@ -99,7 +102,7 @@ func (p *peer) copyBlock(ctx context.Context, src image.Content, dst image.Place
 func (h *Hub) CopyTree(ctx context.Context, src image.Content, dst image.Place, progress func(done, total int64)) error {
 	if h.apart(src, dst) {
 		return h.writing(ctx, dst, "", []string{dst.Domain}, func(ctx context.Context, p *peer) error {
-			return h.move(ctx, src, p, &agentpb.SendRequest{Tree: true}, func(ctx context.Context, ticket string) error {
+			return h.move(ctx, src, dst, p, &agentpb.SendRequest{Tree: true}, func(ctx context.Context, ticket string) error {
 				return p.copyTree(ctx, src, dst, progress, ticket)
 			})
 		})
