@@ -1,0 +1,64 @@
+package e2e
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestMain(m *testing.M) {
+	code := m.Run()
+	if err := nothingLeft(); err != nil {
+		fmt.Fprintln(os.Stderr, "after all scenarios:", err)
+		code = max(code, 1)
+	}
+	os.Exit(code)
+}
+
+// folders of the domains of values.yaml on each node.
+var folders = []string{"/var/lib/quarry/local", "/var/lib/quarry/xfs", "/srv/shared"}
+
+// nothingLeft is an error while an image, a finding or a slab is left.
+func nothingLeft() error {
+	c, err := connect()
+	if err != nil {
+		return err
+	}
+	for end := time.Now().Add(patience); ; time.Sleep(every) {
+		err := c.nothing()
+		if err == nil || time.Now().After(end) {
+			return err
+		}
+	}
+}
+
+func (c *cluster) nothing() error {
+	out, err := c.program(c.quarry, "images", "-o", "json")
+	if err != nil {
+		return err
+	}
+	var images []json.RawMessage
+	if err := json.Unmarshal([]byte(out), &images); err != nil {
+		return fmt.Errorf("kubectl quarry images says %q: %w", out, err)
+	}
+	var errs []error
+	if len(images) > 0 {
+		errs = append(errs, fmt.Errorf("%d images are left: %s", len(images), out))
+	}
+	if out, err := c.program(c.quarry, "check"); err != nil {
+		errs = append(errs, fmt.Errorf("%w: %s", err, out))
+	}
+	for _, n := range c.nodes {
+		for _, f := range folders {
+			out, err := c.program(c.command, "exec", n, "sh", "-c", "ls "+f+"/slabs")
+			if slabs := strings.Fields(out); err != nil || len(slabs) > 0 {
+				errs = append(errs, fmt.Errorf("%s on %s holds the slabs %q: %w", f, n, slabs, orNever(err)))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
