@@ -182,11 +182,6 @@ func (r *rig) tryPod(name string) (*corev1.Pod, error) {
 	return r.kube.CoreV1().Pods(r.ns).Get(bg, name, metav1.GetOptions{})
 }
 
-func (r *rig) node(podName string) string {
-	r.Helper()
-	return must(r.tryPod(podName))(r).Spec.NodeName
-}
-
 // stop deletes a pod and waits until it is gone.
 func (r *rig) stop(name string) {
 	r.Helper()
