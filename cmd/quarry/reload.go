@@ -32,10 +32,14 @@ type reloader struct {
 
 	successful prometheus.Gauge
 	time       prometheus.Gauge
+	hup        chan os.Signal
 }
 
-// watch adds what it says of itself to the metrics.
+// watch adds what it says of itself to the metrics, and lets SIGHUP, which ends a process that
+// does not expect it, wait for run.
 func (r *reloader) watch(m *metrics) {
+	r.hup = make(chan os.Signal, 1)
+	signal.Notify(r.hup, syscall.SIGHUP)
 	r.successful = prometheus.NewGauge(prometheus.GaugeOpts{Name: "quarry_config_last_reload_successful", Help: "1 if the domains file is in force as it is now."})
 	r.time = prometheus.NewGauge(prometheus.GaugeOpts{Name: "quarry_config_last_reload_success_timestamp_seconds", Help: "When the domains file in force was read."})
 	m.registry.MustRegister(r.successful, r.time)
@@ -46,9 +50,7 @@ func (r *reloader) watch(m *metrics) {
 // run follows the file until ctx ends. inForce is what it said at the start. SIGHUP reads it at once.
 func (r *reloader) run(ctx context.Context, inForce []domain.Entry) {
 	log := klog.FromContext(ctx)
-	hup := make(chan os.Signal, 1)
-	signal.Notify(hup, syscall.SIGHUP)
-	defer signal.Stop(hup)
+	defer signal.Stop(r.hup)
 	tick := time.NewTicker(reloadEvery)
 	defer tick.Stop()
 	seen, told := inForce, ""
@@ -79,7 +81,7 @@ func (r *reloader) run(ctx context.Context, inForce []domain.Entry) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-		case <-hup:
+		case <-r.hup:
 			at = true
 			log.Info("Reading the domains file, as asked by SIGHUP")
 		}
