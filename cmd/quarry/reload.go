@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"os/signal"
 	"slices"
@@ -112,7 +113,8 @@ func (r *reloader) run(ctx context.Context, inForce []domain.Entry) {
 }
 
 // difference between entries that are in force and those that are wanted.
-type difference struct{ added, changed, removed []domain.Entry }
+// moved are those of the changed ones, as they are, that would be at another storage.
+type difference struct{ added, changed, moved, removed []domain.Entry }
 
 func compare(have, want []domain.Entry) (d difference) {
 	named := func(list []domain.Entry, name string) int {
@@ -127,6 +129,9 @@ func compare(have, want []domain.Entry) (d difference) {
 			d.added, d.removed = append(d.added, e), append(d.removed, have[i])
 		case !have[i].Equal(e):
 			d.changed = append(d.changed, e)
+			if have[i].Engine != e.Engine || !maps.Equal(have[i].Params, e.Params) {
+				d.moved = append(d.moved, have[i])
+			}
 		}
 	}
 	for _, e := range have {
@@ -154,9 +159,17 @@ func (d *difference) keep(want []domain.Entry, attached func(name string) []stri
 		inForce = append(slices.DeleteFunc(inForce, same), e)
 		return true
 	})
+	for _, e := range d.moved { // at another storage its images would count as deleted
+		if nodes := attached(e.Name); len(nodes) > 0 {
+			kept = append(kept, fmt.Sprintf("%s (attached to %s)", e.Name, strings.Join(nodes, ", ")))
+			same := func(o domain.Entry) bool { return o.Name == e.Name }
+			d.changed = slices.DeleteFunc(d.changed, same)
+			inForce = append(slices.DeleteFunc(inForce, same), e)
+		}
+	}
 	if len(kept) > 0 {
 		slices.Sort(kept)
-		err = fault.New(fault.InUse, "domains that are not in the file any more, or have another scope there, stay as they were until none of their images is attached: %s", strings.Join(kept, "; "))
+		err = fault.New(fault.InUse, "domains that are not in the file any more, or have another scope, engine or parameters there, stay as they were until none of their images is attached: %s", strings.Join(kept, "; "))
 	}
 	return inForce, err
 }

@@ -184,6 +184,10 @@ func (g *gate) write(ctx context.Context, p image.Place) (release func(), err er
 	for {
 		g.mu.Lock()
 		other := g.targets[p]
+		if mine.ctx.Err() != nil { // given up before it began: whoever settled the slab was told that it has ended
+			g.mu.Unlock()
+			return nil, fault.New(fault.Canceled, "work on slab %s was given up: %w", p.Slab, context.Cause(mine.ctx))
+		}
 		if other == nil {
 			g.targets[p] = mine
 			g.mu.Unlock()

@@ -25,6 +25,9 @@ import (
 // moveBuffer is how much of a move the controller holds at most, beside the kernel.
 const moveBuffer = 256 << 10
 
+// moveGrace is how long the other parts of a move have to say what ended it.
+const moveGrace = 5 * time.Second
+
 // moves are the connections that are expected.
 type moves struct {
 	mu   sync.Mutex
@@ -126,15 +129,20 @@ func (h *Hub) move(ctx context.Context, src image.Content, dst image.Place, to *
 	var all sync.WaitGroup
 	var mu sync.Mutex
 	var why error // the error that counts
+	var late *time.Timer
 	part := func(what string, do func() error) {
 		all.Go(func() {
 			err := do()
 			if err == nil {
 				return
 			}
-			cancel()
 			mu.Lock()
 			defer mu.Unlock()
+			if fault.KindOf(err) != fault.Unavailable {
+				cancel()
+			} else if late == nil { // a connection that ended: another part knows why, and its answer is under way
+				late = time.AfterFunc(moveGrace, cancel)
+			}
 			if why == nil || blame(err) > blame(why) {
 				why = fault.New(fault.KindOf(err), "%s: %w", what, err)
 			}
@@ -147,6 +155,9 @@ func (h *Hub) move(ctx context.Context, src image.Content, dst image.Place, to *
 	part("receive on node "+to.node, func() error { return receive(ctx, receives) })
 	part("pass on from node "+from.node+" to node "+to.node, func() error { return relay(ctx, a, b) })
 	all.Wait()
+	if late != nil {
+		late.Stop()
+	}
 	if why == nil {
 		return nil
 	}

@@ -22,6 +22,9 @@ func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64)
 	if err := d.allocate(ctx, size); err != nil {
 		return err
 	}
+	if ctx.Err() != nil {
+		return canceled(ctx, "formatting of layer "+path)
+	}
 	return layer.Format(d.file(), chunk)
 }
 

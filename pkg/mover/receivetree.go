@@ -218,9 +218,11 @@ func (t *treeReceiver) file(n *wireNode, dir *handle, name string) error {
 			return err
 		}
 		if h.kind == wireAgain {
-			if err := t.r.entry(h, n); err != nil {
+			var again wireNode // what is missing in it is zero, and not as before
+			if err := t.r.entry(h, &again); err != nil {
 				return err
 			}
+			*n = again
 			at = 0
 			if err := unix.Ftruncate(j.fd, 0); err != nil { // what was there must not shine through
 				return err

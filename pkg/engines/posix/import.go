@@ -111,6 +111,14 @@ func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.S
 	if err != nil {
 		return Fault(&os.LinkError{Op: "link", Old: f.Name(), New: filepath.Join(d.slabs.Name(), spec.ID), Err: err})
 	}
+	// Another import of the file may have come between: then both see it, and neither goes on.
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return Fault(err)
+	}
+	if st.Nlink != 2 {
+		err := fault.New(fault.InUse, "%s has got another name meanwhile (%d hard links): is it being imported twice?", f.Name(), st.Nlink)
+		return errors.Join(err, Fault(unix.Unlinkat(int(d.slabs.Fd()), spec.ID, 0)), Fault(d.slabs.Sync()))
+	}
 	return Fault(published(d.slabs))
 }
 
