@@ -352,11 +352,10 @@ func (c *leader) follow(_ context.Context, want []domain.Entry) (err error) {
 	for _, e := range d.removed {
 		c.opening.remove(c.ctx, e.Name, func() {
 			c.mu.Lock()
-			again := slices.ContainsFunc(c.entries, func(o domain.Entry) bool { return o.Name == e.Name })
-			c.mu.Unlock()
-			if !again {
+			if !slices.ContainsFunc(c.entries, func(o domain.Entry) bool { return o.Name == e.Name }) { // else it is back already
 				c.manager.Forget(e.Name)
 			}
+			c.mu.Unlock()
 			for _, n := range c.hub.Nodes() { // they are told the domains that are left
 				c.hub.Prepare(n)
 			}

@@ -16,7 +16,7 @@ import (
 // What a node has for itself is not known to a controller that has begun to lead before
 // that node's agent has connected. Kubernetes tells which nodes there are: those that carry
 // the driver's topology label. Until they have come, or for as long as it makes sense to
-// wait, lists and the creation of volumes wait. hack/adr/0020.
+// wait, lists and the creation of volumes wait. hack/adr/0021.
 
 const (
 	// expectEvery is how often Kubernetes is asked which nodes there are.

@@ -48,6 +48,9 @@ type opened struct {
 	stop  context.CancelFunc
 	ended chan struct{} // closed when it is open, or nobody tries any more
 	adopt func(ctx context.Context, id string) error
+	// closing: the entry was removed, and ended is closed when its domain is. What comes in its
+	// place waits for that.
+	closing bool
 }
 
 type domainManager interface {
@@ -104,7 +107,7 @@ func (o *openers) one(ctx context.Context, e domain.Entry, node string, now <-ch
 	}
 	o.all[at] = p
 	o.mu.Unlock()
-	if before == nil {
+	if before == nil || before.closing {
 		o.manager.Unopened(e.Config(node), fault.New(fault.Unavailable, "it is being opened"))
 	}
 	o.running.Go(func() {
@@ -112,7 +115,7 @@ func (o *openers) one(ctx context.Context, e domain.Entry, node string, now <-ch
 		if before != nil {
 			before.stop()
 			<-before.ended
-			if o.change(ctx, before, p, node) {
+			if !before.closing && o.change(ctx, before, p, node) {
 				return
 			}
 		}
@@ -120,21 +123,27 @@ func (o *openers) one(ctx context.Context, e domain.Entry, node string, now <-ch
 	})
 }
 
-// change makes of one that was open what its entry says now. false: it has to be opened.
+// change makes of one that was open what its entry says now. It tries until that is so, or ctx
+// ends: an alias may be another domain's for now. false: it has to be opened.
 func (o *openers) change(ctx context.Context, before, p *opened, node string) bool {
 	log, cfg := klog.FromContext(ctx).WithValues("domain", p.entry.Name, "node", node), p.entry.Config(node)
-	if before.entry.SameStorage(p.entry) {
+	for pause := retryFirst; before.entry.SameStorage(p.entry); pause = min(2*pause, retryLast) {
 		p.adopt = before.adopt
 		id, err := o.manager.Reconfigure(cfg)
 		if err == nil && p.adopt != nil {
 			err = p.adopt(ctx, id)
 		}
-		switch {
-		case err == nil:
+		if err == nil {
 			log.Info("The settings of a domain have changed")
 			return true
-		case !errors.Is(err, fault.Unavailable): // it stays as it was
-			log.Error(err, "The settings of a domain have not changed")
+		}
+		if errors.Is(err, fault.Unavailable) {
+			break
+		}
+		log.Error(err, "The settings of a domain have not changed: it stays as it was", "again", pause)
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
 			return true
 		}
 	}
@@ -158,30 +167,39 @@ func (o *openers) nodesOf(name string) []string {
 	defer o.mu.Unlock()
 	var out []string
 	for at := range o.all {
-		if at.name == name {
+		if at.name == name && !o.all[at].closing {
 			out = append(out, at.node)
 		}
 	}
 	return out
 }
 
-// remove closes an entry wherever it is, and calls done, in the background.
+// remove closes an entry wherever it is, and calls done, in the background. What is begun of that
+// name meanwhile waits for it.
 func (o *openers) remove(ctx context.Context, name string, done func()) {
+	var all sync.WaitGroup
 	o.mu.Lock()
-	was := map[string]*opened{}
 	for at, p := range o.all {
-		if at.name == name {
-			was[at.node] = p
-			delete(o.all, at)
+		if at.name != name || p.closing {
+			continue
 		}
+		p.stop()
+		end := &opened{entry: p.entry, stop: func() {}, ended: make(chan struct{}), closing: true}
+		o.all[at] = end
+		all.Go(func() {
+			<-p.ended
+			o.closeDomain(ctx, p.entry.Config(at.node), nil)
+			o.mu.Lock()
+			if o.all[at] == end {
+				delete(o.all, at)
+			}
+			o.mu.Unlock()
+			close(end.ended)
+		})
 	}
 	o.mu.Unlock()
 	o.running.Go(func() {
-		for node, p := range was {
-			p.stop()
-			<-p.ended
-			o.closeDomain(ctx, p.entry.Config(node), nil)
-		}
+		all.Wait()
 		done()
 	})
 }

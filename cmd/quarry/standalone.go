@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -92,12 +93,17 @@ func standalone(ctx context.Context, o *options) (err error) {
 		group.Go(func() error { return err }) // ends the others
 		return stopped(group.Wait())
 	}
+	var following sync.Mutex
 	inForce := entries
 	follow.apply = func(ctx context.Context, want []domain.Entry) (err error) {
+		following.Lock()
+		defer following.Unlock()
 		d := compare(inForce, want)
 		inForce, err = d.keep(want, manager.AttachedIn)
 		for _, e := range d.removed {
 			opening.remove(ctx, e.Name, func() {
+				following.Lock()
+				defer following.Unlock()
 				if len(opening.nodesOf(e.Name)) == 0 { // else it is back already
 					manager.Forget(e.Name)
 				}

@@ -45,12 +45,15 @@ func (h *Hub) OpenDomain(ctx context.Context, spec DomainSpec) (*Domain, error) 
 	}
 	d.caps, d.has = engine.Discover(e), engine.Discover(e).List()
 	h.mu.Lock()
-	defer h.mu.Unlock()
 	key := spec.Name + "@" + spec.Node
-	if h.domains[key] != nil {
-		return nil, fault.New(fault.Exists, "domain %s is open already", spec.Name)
+	taken := h.domains[key] != nil
+	if !taken {
+		h.domains[key] = o
 	}
-	h.domains[key] = o
+	h.mu.Unlock()
+	if taken {
+		return nil, errors.Join(fault.New(fault.Exists, "domain %s is open already", spec.Name), d.Close())
+	}
 	return d, nil
 }
 

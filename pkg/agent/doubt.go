@@ -31,7 +31,7 @@ type doubts struct {
 	mu      sync.Mutex
 	began   time.Time // when nodes could connect
 	at      map[image.Place]doubt
-	settled map[image.Place]struct{} // of those with an older name than this controller's time
+	settled map[image.Place]int64 // at which epoch those with an older name were settled
 }
 
 // doubt is work on a node that has not said that it ended.
@@ -44,7 +44,7 @@ func newDoubts(limit time.Duration) *doubts {
 	if limit == 0 {
 		limit = lostLimit
 	}
-	return &doubts{limit: limit, at: map[image.Place]doubt{}, settled: map[image.Place]struct{}{}}
+	return &doubts{limit: limit, at: map[image.Place]doubt{}, settled: map[image.Place]int64{}}
 }
 
 // note is told how work has ended: with some errors it may not have.
@@ -119,11 +119,11 @@ func (h *Hub) settle(ctx context.Context, p image.Place, old bool) error {
 }
 
 // settleOld asks all nodes that reach a slab which has its name from an earlier
-// controller, once. Those that are not here yet may still be at work for that one.
+// epoch, once. Those that are not here yet may still be at work for that one.
 func (h *Hub) settleOld(ctx context.Context, p image.Place) error {
 	_, epoch := h.epoch(p.Domain)
 	h.doubts.mu.Lock()
-	_, done := h.doubts.settled[p]
+	done := h.doubts.settled[p] == epoch
 	left := time.Until(h.doubts.began.Add(h.doubts.limit))
 	h.doubts.mu.Unlock()
 	if done || image.EpochOf(p.Slab) >= epoch || h.ofOneNode(p.Domain) {
@@ -143,7 +143,7 @@ func (h *Hub) settleOld(ctx context.Context, p image.Place) error {
 	}
 	h.doubts.mu.Lock()
 	defer h.doubts.mu.Unlock()
-	h.doubts.settled[p] = struct{}{}
+	h.doubts.settled[p] = epoch
 	return nil
 }
 

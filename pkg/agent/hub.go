@@ -235,7 +235,7 @@ func (p *peer) dial(service string) (net.Conn, error) {
 func (p *peer) connected() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.session != nil
+	return p.session != nil && !p.session.IsClosed()
 }
 
 // isConnected says whether a node's agent is.

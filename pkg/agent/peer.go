@@ -65,14 +65,19 @@ func (p *peer) Switch(ctx context.Context, images []image.Staging, prepared stri
 
 // about is carry for what changes chains, after whatever may be writing their slabs has ended.
 func (p *peer) about(ctx context.Context, images ...image.Staging) (context.Context, error) {
-	var domains []string
 	for _, st := range images {
 		if err := p.hub.settleChain(ctx, st); err != nil {
 			return nil, err
 		}
-		domains = append(domains, st.Domain)
 	}
-	return p.hub.carry(ctx, domains...)
+	return p.hub.carry(ctx, domainsOf(images)...)
+}
+
+func domainsOf(images []image.Staging) (out []string) {
+	for _, st := range images {
+		out = append(out, st.Domain)
+	}
+	return out
 }
 
 func switchRequest(images []image.Staging) *agentpb.SwitchRequest {
@@ -95,7 +100,7 @@ func (p *peer) Prepare(ctx context.Context, images []image.Staging) (string, err
 
 // Hold implements image.ChainAgent.
 func (p *peer) Hold(ctx context.Context, images []image.Staging, prepared string) error {
-	ctx, err := p.about(ctx, images...)
+	ctx, err := p.hub.carry(ctx, domainsOf(images)...) // Prepare has waited for whoever may have been writing
 	if err != nil {
 		return err
 	}

@@ -46,8 +46,8 @@ func (s *linkStash) chooseName(srcRoot int) error {
 }
 
 // find places a file that was met before (linked), or returns the name in the
-// stash under which it is to be made; place follows then.
-func (s *linkStash) find(e *entry, to *handle) (name string, linked bool, err error) {
+// stash under which it is to be made; place follows then. names: how many it has.
+func (s *linkStash) find(e *entry, names uint64, to *handle) (name string, linked bool, err error) {
 	if _, ok := s.groups[idOf(&e.st)]; ok {
 		return "", true, s.place(e, to)
 	}
@@ -61,7 +61,7 @@ func (s *linkStash) find(e *entry, to *handle) (name string, linked bool, err er
 		}
 		s.dir = newHandle(fd)
 	}
-	g := &linkGroup{stashed: strconv.Itoa(s.next), left: uint64(e.st.Nlink)} //nolint:unconvert // 32 bits on some architectures
+	g := &linkGroup{stashed: strconv.Itoa(s.next), left: names}
 	s.next++
 	s.groups[idOf(&e.st)] = g
 	return g.stashed, false, nil

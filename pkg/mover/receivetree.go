@@ -147,8 +147,8 @@ func (t *treeReceiver) enter(n *wireNode) error {
 	dir, name := t.to.top(), string(n.Name)
 	e := &entry{name: name}
 	if n.File > 0 { // the stash knows files by number
-		e.st.Ino, e.st.Nlink = n.File, max(2, n.Names) //nolint:unconvert // 32 bits on some architectures
-		first, linked, err := t.links.find(e, dir)
+		e.st.Ino = n.File
+		first, linked, err := t.links.find(e, max(2, n.Names), dir)
 		if err != nil || linked {
 			return err
 		}

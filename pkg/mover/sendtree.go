@@ -34,7 +34,7 @@ type wireNode struct {
 }
 
 func nodeOf(m *meta) wireNode {
-	return wireNode{Mode: m.st.Mode, UID: m.st.Uid, GID: m.st.Gid, Device: uint64(m.st.Rdev), Attrs: m.xattrs, //nolint:unconvert // 32 bits on some architectures
+	return wireNode{Mode: m.st.Mode, UID: m.st.Uid, GID: m.st.Gid, Device: uint64(m.st.Rdev), Attrs: m.xattrs,
 		Access: [2]int64{m.st.Atim.Sec, m.st.Atim.Nsec}, Modify: [2]int64{m.st.Mtim.Sec, m.st.Mtim.Nsec}}
 }
 
@@ -117,7 +117,7 @@ func (s *treeSender) visit(e *entry) error {
 	n := nodeOf(&m)
 	n.Name, n.File = []byte(e.name), id
 	if several {
-		n.Names = uint64(e.st.Nlink) //nolint:unconvert // 32 bits on some architectures
+		n.Names = uint64(e.st.Nlink)
 	}
 	switch e.st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:

@@ -236,7 +236,7 @@ func (t *treeCopy) visit(e *entry) error {
 	}
 	dir, name := t.to.top(), e.name
 	if e.st.Nlink > 1 {
-		first, linked, err := t.links.find(e, dir)
+		first, linked, err := t.links.find(e, uint64(e.st.Nlink), dir)
 		if err != nil || linked {
 			return err
 		}

@@ -40,7 +40,7 @@ func (h *handle) release() {
 // fileID tells files apart as long as they exist.
 type fileID struct{ dev, ino uint64 }
 
-func idOf(st *unix.Stat_t) fileID { return fileID{uint64(st.Dev), st.Ino} } //nolint:unconvert // 32 bits on some architectures
+func idOf(st *unix.Stat_t) fileID { return fileID{uint64(st.Dev), st.Ino} }
 
 func statFD(fd int) (unix.Stat_t, error) {
 	var st unix.Stat_t

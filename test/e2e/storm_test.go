@@ -72,7 +72,8 @@ func (r *rig) serveEmpty() (class string) {
 	s := grpc.NewServer()
 	csi.RegisterIdentityServer(s, empty{})
 	csi.RegisterControllerServer(s, empty{})
-	go s.Serve(l) //nolint:errcheck // it ends with the listener
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
 	log := must(os.Create(socket + ".log"))(r)
 	cmd := exec.Command(provisioner, "--csi-address="+socket, "--kubeconfig="+os.Getenv("KUBECONFIG"), "--timeout=60s",
 		"--retry-interval-max=30s", "--extra-create-metadata", "--kube-api-qps=100", "--kube-api-burst=200")
@@ -88,6 +89,7 @@ func (r *rig) serveEmpty() (class string) {
 			_ = cmd.Wait() // it says so when it is told to end
 		}
 		s.Stop()
+		r.must(<-served)
 		r.must(log.Close())
 		r.must(os.RemoveAll(filepath.Dir(socket)))
 	})

@@ -19,13 +19,20 @@ import (
 // file of the host can be named.
 const imports = "import"
 
+func (d *Directory) checkSource(source string) error {
+	if source == "" || source == "." || source == ".." || strings.ContainsAny(source, "/\x00") {
+		return fault.New(fault.Invalid, "source %q: the name of a file in %s is needed, without a path", source, filepath.Join(d.path, imports))
+	}
+	return nil
+}
+
 // OpenImport opens a file in import/ that can become a slab. fault.NotFound: it is not
 // there. fault.InUse: somebody on this host has it open. fault.Invalid: it can be no slab.
 func (d *Directory) OpenImport(source string) (*os.File, unix.Stat_t, error) {
 	var st unix.Stat_t
 	path := filepath.Join(d.path, imports, source)
-	if source == "" || source == "." || source == ".." || strings.ContainsAny(source, "/\x00") {
-		return nil, st, fault.New(fault.Invalid, "source %q: the name of a file in %s is needed, without a path", source, filepath.Join(d.path, imports))
+	if err := d.checkSource(source); err != nil {
+		return nil, st, err
 	}
 	folder, err := d.root.OpenFile(imports, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -131,7 +138,7 @@ func (d *Directory) isSlab(id string, file *unix.Stat_t) bool {
 
 // KeepSlab takes an imported slab's first name away, and from all but root the right to write it.
 func (d *Directory) KeepSlab(_ context.Context, source, id string) error {
-	if err := engine.CheckName("slab ID", id); err != nil {
+	if err := errors.Join(engine.CheckName("slab ID", id), d.checkSource(source)); err != nil {
 		return err
 	}
 	slab, about, err := d.OpenSlab(id)
