@@ -35,7 +35,8 @@ test: ## run the tests of every package but the long suites; as root, or the fil
 	packages=$$(go list ./... | grep -Ev '$(LONG)'); go test -count=1 -timeout 30m $$packages
 	cd test/chart && go vet . && go test -count=1 .
 
-lint: $(LINT) ## check style and the import rules with golangci-lint
+lint: $(LINT) ## check style and the import rules with golangci-lint, and the types for arm64
+	go run ./test/typecheck arm64 ./cmd/... ./pkg/...
 	$(LINT) run ./...
 	cd test/chart && $(LINT) run --config ../../.golangci.yml .
 

@@ -68,10 +68,11 @@ func (l *Local) Usage(ctx context.Context, path string) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
+	block := int64(st.Bsize) // 32 bits on some architectures
 	u := Usage{
-		Total:      int64(st.Blocks) * st.Bsize,
-		Available:  int64(st.Bavail) * st.Bsize,
-		Used:       int64(st.Blocks-st.Bfree) * st.Bsize,
+		Total:      int64(st.Blocks) * block,
+		Available:  int64(st.Bavail) * block,
+		Used:       int64(st.Blocks-st.Bfree) * block,
 		Inodes:     int64(st.Files),
 		InodesFree: int64(st.Ffree),
 	}

@@ -72,7 +72,11 @@ func (t *treeReceiver) run() error {
 	if err := t.to.push(fd); err != nil {
 		return sysErr(err, "stat", t.dstName)
 	}
-	t.metas = []meta{root.meta(t.dstName)}
+	m, err := root.meta(t.dstName)
+	if err != nil {
+		return err
+	}
+	t.metas = []meta{m}
 	for len(t.metas) > 0 {
 		if err := t.next(); err != nil {
 			return err
@@ -168,6 +172,10 @@ func (t *treeReceiver) enter(n *wireNode) error {
 
 func (t *treeReceiver) directory(n *wireNode) error {
 	name := string(n.Name)
+	m, err := n.meta(name)
+	if err != nil {
+		return err
+	}
 	if err := unix.Mkdirat(t.to.top().fd, name, 0o700); err != nil {
 		return err
 	}
@@ -175,7 +183,7 @@ func (t *treeReceiver) directory(n *wireNode) error {
 	if err != nil {
 		return err
 	}
-	t.metas = append(t.metas, n.meta(name))
+	t.metas = append(t.metas, m)
 	return t.to.push(fd)
 }
 
@@ -197,8 +205,7 @@ func (t *treeReceiver) make(n *wireNode, dir *handle, name string) error {
 		return err
 	}
 	defer unix.Close(fd)
-	m := n.meta(string(n.Name))
-	return m.apply(fd)
+	return n.apply(fd)
 }
 
 // file takes a regular file with its content.
@@ -241,8 +248,7 @@ func (t *treeReceiver) file(n *wireNode, dir *handle, name string) error {
 				return garbled("the end of a file at byte %d of %d", at, n.Size)
 			}
 			t.stats.Bytes += n.Size
-			m := n.meta(string(n.Name))
-			return m.apply(j.fd)
+			return n.apply(j.fd)
 		case wireHole:
 			if h.n == 0 {
 				return garbled("a hole without a length")

@@ -1,10 +1,12 @@
 package mover
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -34,16 +36,29 @@ type wireNode struct {
 }
 
 func nodeOf(m *meta) wireNode {
-	return wireNode{Mode: m.st.Mode, UID: m.st.Uid, GID: m.st.Gid, Device: uint64(m.st.Rdev), Attrs: m.xattrs,
-		Access: [2]int64{m.st.Atim.Sec, m.st.Atim.Nsec}, Modify: [2]int64{m.st.Mtim.Sec, m.st.Mtim.Nsec}}
+	n := wireNode{Mode: m.st.Mode, UID: m.st.Uid, GID: m.st.Gid, Device: uint64(m.st.Rdev), Attrs: m.xattrs}
+	n.Access[0], n.Access[1] = m.st.Atim.Unix()
+	n.Modify[0], n.Modify[1] = m.st.Mtim.Unix()
+	return n
 }
 
 // meta is what nodeOf was made of.
-func (n *wireNode) meta(path string) meta {
+func (n *wireNode) meta(path string) (meta, error) {
 	m := meta{xattrs: n.Attrs, path: path}
 	m.st.Mode, m.st.Uid, m.st.Gid = n.Mode, n.UID, n.GID
-	m.st.Atim, m.st.Mtim = unix.Timespec{Sec: n.Access[0], Nsec: n.Access[1]}, unix.Timespec{Sec: n.Modify[0], Nsec: n.Modify[1]}
-	return m
+	var aerr, merr error // the time is later than this architecture can say
+	m.st.Atim, aerr = unix.TimeToTimespec(time.Unix(n.Access[0], n.Access[1]))
+	m.st.Mtim, merr = unix.TimeToTimespec(time.Unix(n.Modify[0], n.Modify[1]))
+	return m, sysErr(cmp.Or(aerr, merr), "set times of", path)
+}
+
+// apply gives the metadata to an open file.
+func (n *wireNode) apply(fd int) error {
+	m, err := n.meta(string(n.Name))
+	if err != nil {
+		return err
+	}
+	return m.apply(fd)
 }
 
 // SendTree implements Files: it is the source's half of Tree, over a connection.

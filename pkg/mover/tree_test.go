@@ -216,7 +216,8 @@ func stamp(t testing.TB, root string) {
 	}
 	slices.Reverse(paths)
 	for i, path := range paths {
-		ts := []unix.Timespec{{Sec: 1e9 + int64(i), Nsec: 123456789}, {Sec: 12e8 + int64(i), Nsec: 987654321}}
+		second := int64(i) * 1e9
+		ts := []unix.Timespec{unix.NsecToTimespec(1e18 + second + 123456789), unix.NsecToTimespec(12e17 + second + 987654321)}
 		if err := unix.UtimesNanoAt(unix.AT_FDCWD, path, ts, unix.AT_SYMLINK_NOFOLLOW); err != nil {
 			t.Fatal(err)
 		}
