@@ -48,7 +48,7 @@ func (d *Directory) OpenImport(source string) (*os.File, unix.Stat_t, error) {
 		return nil, st, fault.New(fault.NotFound, "there is no %s: put the file there (mv, or cp --reflink=auto --sparse=always)", path)
 	case errors.Is(err, unix.EISDIR), errors.Is(err, unix.ELOOP), errors.Is(err, unix.ENXIO):
 		return nil, st, fault.New(fault.Invalid, "%s is not a regular file: only an image of a disk or file system can be imported", path)
-	case errors.Is(err, unix.ETXTBSY):
+	case errors.Is(err, unix.ETXTBSY), errors.Is(err, unix.EAGAIN): // EAGAIN: another import has a lease, see checkImport
 		return nil, st, fault.New(fault.InUse, "%s is in use: %w", path, err)
 	case err != nil:
 		return nil, st, Fault(err)

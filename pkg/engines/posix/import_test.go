@@ -1,10 +1,17 @@
 package posix
 
 import (
+	"bytes"
+	"crypto/rand"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
+	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -115,5 +122,86 @@ func TestWhatCannotBeImportedIsLeftAlone(t *testing.T) {
 	}
 	if err := d.KeepSlab(t.Context(), "fine.img", "s"); err != nil || !there(filepath.Join(folder, "fine.img")) {
 		t.Errorf("a slab that is another file: %v", err)
+	}
+}
+
+// TestAFileIsImportedByOneAtMost: the slabs of two would be one file.
+func TestAFileIsImportedByOneAtMost(t *testing.T) {
+	t.Run("alone with the file", func(t *testing.T) {
+		importedAtOnce(t, func(string) {}, func() {})
+	})
+	// Who may not take a lease, as nobody may on NFS, cannot tell whether it is alone.
+	t.Run("without leases", func(t *testing.T) {
+		if os.Geteuid() != 0 {
+			t.Skip("giving files away needs root")
+		}
+		importedAtOnce(t, func(path string) {
+			if err := os.Chown(path, 1234, 1234); err != nil {
+				t.Fatal(err)
+			}
+		}, func() {
+			runtime.LockOSThread() // and never unlocked: the thread ends with its goroutine
+			h := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+			var all [2]unix.CapUserData
+			if err := unix.Capget(&h, &all[0]); err != nil {
+				t.Error(err)
+			}
+			all[0].Effective &^= 1 << unix.CAP_LEASE
+			if err := unix.Capset(&h, &all[0]); err != nil {
+				t.Error(err)
+			}
+		})
+	})
+}
+
+// importedAtOnce imports files, each four times at once: after prepare, and each time after first.
+func importedAtOnce(t *testing.T, prepare func(path string), first func()) {
+	d, put := importing(t)
+	content := make([]byte, 64<<10)
+	_, _ = rand.Read(content)
+	for round := range 50 {
+		source := fmt.Sprintf("disk%d.img", round)
+		path := put(source, 0)
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		prepare(path)
+		id := func(i int) string { return fmt.Sprintf("s%d-%d", round, i) }
+		begin := make(chan struct{})
+		var all sync.WaitGroup
+		var errs [4]error
+		for i := range errs {
+			all.Go(func() {
+				first()
+				<-begin
+				errs[i] = d.ImportSlab(t.Context(), source, spec(id(i), int64(len(content))))
+			})
+		}
+		close(begin)
+		all.Wait()
+		names := []string{path}
+		for i, err := range errs {
+			switch {
+			case err == nil:
+				names = append(names, filepath.Join(d.path, "slabs", id(i)))
+			case !errors.Is(err, fault.InUse):
+				t.Errorf("one that was refused: %v", err)
+			}
+		}
+		if len(names) == 1 { // each has seen another one
+			if err := d.ImportSlab(t.Context(), source, spec(id(0), int64(len(content)))); err != nil {
+				t.Fatalf("nobody got it, and then: %v", err)
+			}
+			names = append(names, filepath.Join(d.path, "slabs", id(0)))
+		}
+		slabs, err := d.ListSlabs(t.Context())
+		if err != nil || len(names) > 2 || len(slabs) != round+1 {
+			t.Fatalf("one file is %q; there are %d slabs of %d files; %v", names, len(slabs), round+1, err)
+		}
+		for _, name := range names {
+			if got, err := os.ReadFile(name); err != nil || !bytes.Equal(got, content) {
+				t.Fatalf("%s holds something else: %v", name, err)
+			}
+		}
 	}
 }
