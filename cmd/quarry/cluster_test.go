@@ -355,9 +355,7 @@ func (c *cluster) unpublish(controller, node, volume string) {
 // TestControllersAndAgents: two controllers, of which one leads and is killed; two agents
 // that reach the same domain.
 func TestControllersAndAgents(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, "domains:\n- {name: nas, engine: dir, scope: shared, params: {path: \"{STORAGE}\"}}\n")
 	first := c.controller("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
@@ -441,9 +439,7 @@ func TestControllersAndAgents(t *testing.T) {
 // TestADomainOfEachNode: it is opened when the node's agent has come, however late, and its
 // volumes are that node's.
 func TestADomainOfEachNode(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, oneDomain)
 	controller := c.controller("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
@@ -493,9 +489,7 @@ func TestADomainOfEachNode(t *testing.T) {
 // that has connected. A volume that is asked for again is not made on another node meanwhile,
 // and no list is without it; but a node that is not ready holds nobody up for long.
 func TestATakeoverWaitsForNodes(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, ownStorage)
 	c.api.known["n1"], c.api.known["n2"] = true, true
 	first := c.controller("c1")
@@ -592,9 +586,7 @@ func (c *cluster) imports(controller, node string) {
 // TestARestoreOnAnotherNode: what n1 has for itself comes to n2 over connections of their own, between
 // real processes.
 func TestARestoreOnAnotherNode(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, ownStorage)
 	controller := c.controller("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
@@ -632,9 +624,7 @@ func TestARestoreOnAnotherNode(t *testing.T) {
 
 // TestAForgedAgentGetsInNowhere: a token that is none, and one of another node.
 func TestAForgedAgentGetsInNowhere(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, oneDomain)
 	controller := c.controller("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })
@@ -657,9 +647,7 @@ func TestAForgedAgentGetsInNowhere(t *testing.T) {
 // What nobody has to prepare: the leader makes a certificate, agents that know its CA
 // connect, and the next leader has the same.
 func TestAControllerMakesItsOwnCertificate(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, oneDomain)
 	first := c.certified("c1")
 	c.wait("c1 to lead", func() bool { return c.ready("c1") })

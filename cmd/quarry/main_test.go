@@ -197,10 +197,16 @@ func (r *running) stop(t *testing.T) {
 	}
 }
 
-func TestStandaloneLivesAndEndsWithStatusZero(t *testing.T) {
+// needRoot skips a test for those who are not root.
+func needRoot(t *testing.T, what string) {
+	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("quarry standalone needs root")
+		t.Skip(what + " needs root")
 	}
+}
+
+func TestStandaloneLivesAndEndsWithStatusZero(t *testing.T) {
+	needRoot(t, "quarry standalone")
 	p := newPlace(t, oneDomain)
 	r := begin(t, "Serving CSI", p.args("--metrics-endpoint", ":0")...)
 

@@ -62,6 +62,61 @@ func TestWhatHasChangedInTheDomainsFile(t *testing.T) {
 	}
 }
 
+// TestAnEntryMovesWhenNoneOfItsImagesIsAttached: at another storage they would count as deleted.
+func TestAnEntryMovesWhenNoneOfItsImagesIsAttached(t *testing.T) {
+	at := func(name, engine, path string, overcommit float64) domain.Entry {
+		return domain.Entry{Name: name, Engine: engine, Params: map[string]string{"path": path}, Overcommit: overcommit}
+	}
+	have := []domain.Entry{at("engine", "dir", "/a", 1), at("free", "dir", "/a", 1), at("params", "dir", "/a", 1), at("secret", "dir", "/a", 1), at("settings", "dir", "/a", 1)}
+	want := []domain.Entry{at("engine", "lvm", "/a", 1), at("free", "dir", "/b", 1), at("params", "dir", "/b", 2), at("secret", "dir", "/a", 1), at("settings", "dir", "/a", 2)}
+	want[3].Secrets = domain.Secrets{"k": "2"}
+	attached := func(name string) []string {
+		if name == "free" {
+			return nil
+		}
+		return []string{"n1"}
+	}
+	d := compare(have, want)
+	inForce, err := d.keep(want, attached)
+	if named(d.changed) != "free secret settings" || len(d.added)+len(d.removed) > 0 {
+		t.Errorf("while it is attached: added %s, changed %s, removed %s", named(d.added), named(d.changed), named(d.removed))
+	}
+	if !errors.Is(err, fault.InUse) || !strings.HasSuffix(err.Error(), "attached: engine (attached to n1); params (attached to n1)") {
+		t.Errorf("what stays: %v", err)
+	}
+	find := func(list []domain.Entry, name string) domain.Entry {
+		return list[slices.IndexFunc(list, func(e domain.Entry) bool { return e.Name == name })]
+	}
+	if len(inForce) != len(want) {
+		t.Errorf("in force: %s", named(inForce))
+	}
+	for _, e := range inForce {
+		as := want
+		if e.Name == "engine" || e.Name == "params" {
+			as = have
+		}
+		if !e.Equal(find(as, e.Name)) {
+			t.Errorf("in force: %+v", e)
+		}
+	}
+
+	// The file is applied again until all of it is in force.
+	d = compare(inForce, want)
+	if _, err := d.keep(want, attached); !errors.Is(err, fault.InUse) || len(d.changed) > 0 {
+		t.Errorf("again: changed %s, %v", named(d.changed), err)
+	}
+	d = compare(inForce, want)
+	inForce, err = d.keep(want, func(string) []string { return nil })
+	if err != nil || named(d.changed) != "engine params" || !slices.EqualFunc(inForce, want, domain.Entry.Equal) {
+		t.Errorf("detached: changed %s, in force %+v, %v", named(d.changed), inForce, err)
+	}
+	for _, e := range d.changed {
+		if !e.Equal(find(want, e.Name)) {
+			t.Errorf("detached: it becomes %+v", e)
+		}
+	}
+}
+
 func TestAWrongDomainsFileChangesNothingAndIsToldOnce(t *testing.T) {
 	var mu sync.Mutex
 	entries, loadErr, applied, told := []domain.Entry{{Name: "a"}}, error(nil), []string{}, []string{}
@@ -146,9 +201,7 @@ func TestAWrongDomainsFileChangesNothingAndIsToldOnce(t *testing.T) {
 // TestTheDomainsFileIsFollowedWhileVolumesAreInUse: by a controller, without its agent being
 // started again, as a mounted ConfigMap changes: by another link.
 func TestTheDomainsFileIsFollowedWhileVolumesAreInUse(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry node needs root")
-	}
+	needRoot(t, "quarry node")
 	c := newCluster(t, "domains:\n- {name: nas, engine: dir, scope: shared, params: {path: \"{STORAGE}\"}}\n")
 	versions := 0
 	write := func(text string) {
@@ -243,9 +296,7 @@ func TestTheDomainsFileIsFollowedWhileVolumesAreInUse(t *testing.T) {
 }
 
 func TestStandaloneReadsTheDomainsFileOnSIGHUP(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry standalone needs root")
-	}
+	needRoot(t, "quarry standalone")
 	p := newPlace(t, oneDomain)
 	r := begin(t, "Serving CSI", p.args()...)
 	if err := os.Mkdir(p.dir+"/more", 0o755); err != nil {

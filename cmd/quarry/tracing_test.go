@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"net"
-	"os"
 	"slices"
 	"sync"
 	"testing"
@@ -36,9 +35,7 @@ func (s *spans) Export(_ context.Context, r *collector.ExportTraceServiceRequest
 }
 
 func TestCallsAreTracedWhereTheEnvironmentNamesACollector(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("quarry standalone needs root")
-	}
+	needRoot(t, "quarry standalone")
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
