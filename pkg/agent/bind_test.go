@@ -62,3 +62,17 @@ func TestADomainBelongsToItsNode(t *testing.T) {
 	_, err = last.nodes("n2", copied, false)
 	last.must(err)
 }
+
+// TestADomainThatIsOpenAlreadyLeavesNoConnection: what was opened to find that out is closed, and
+// the first goes on.
+func TestADomainThatIsOpenAlreadyLeavesNoConnection(t *testing.T) {
+	r := newRig(t)
+	r.agent("n1")
+	r.open("a", "")
+	r.volume("v", "a", 1<<20)
+	before := r.hub.Streams("n1")
+	_, err := r.hub.OpenDomain(r.ctx, agent.DomainSpec{Name: "a", Engine: "dir", Params: map[string]string{"path": r.dirs["a"]}})
+	r.is(err, fault.Exists)
+	r.wait("its connection to end", func() bool { return r.hub.Streams("n1") <= before })
+	r.volume("w", "a", 1<<20)
+}

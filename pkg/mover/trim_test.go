@@ -1,6 +1,8 @@
 package mover_test
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -47,5 +49,39 @@ func TestALayerThatIsLockedIsNotTrimmed(t *testing.T) {
 	must(m.TrimLayer(t.Context(), path, size))
 	if allocated() >= size {
 		t.Errorf("%d bytes are left", allocated())
+	}
+}
+
+// endsAfter is a context that ends when it was looked at so many times.
+type endsAfter struct {
+	context.Context
+	looks int
+}
+
+func (c *endsAfter) Err() error {
+	if c.looks--; c.looks < 0 {
+		return context.Canceled
+	}
+	return nil
+}
+
+// TestALayerThatWasGivenUpIsNotFormatted: somebody else may be writing it by then. Also when it was given
+// up while its space was taken.
+func TestALayerThatWasGivenUpIsNotFormatted(t *testing.T) {
+	const chunk = 32 << 10
+	size := layer.StoreSize(8<<20, chunk)
+	path := filepath.Join(t.TempDir(), "layer")
+	before := bytes.Repeat([]byte("another's"), int(size)/9+1)[:size]
+	if err := os.WriteFile(path, before, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for looks := range 2 {
+		err := mover.New(mover.Options{}).FormatLayer(&endsAfter{t.Context(), looks}, path, size, chunk)
+		if !errors.Is(err, fault.Canceled) {
+			t.Errorf("after %d looks: %v", looks, err)
+		}
+		if after, err := os.ReadFile(path); err != nil || !bytes.Equal(after, before) {
+			t.Fatalf("after %d looks it was written; %v", looks, err)
+		}
 	}
 }

@@ -9,8 +9,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
+	"time"
 
+	"golang.org/x/sys/unix"
 	"pgregory.net/rapid"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -146,6 +149,64 @@ func TestATreeBetweenHostsKeepsEverything(t *testing.T) {
 	if last != total || total < 16*mib {
 		t.Errorf("progress ended at %d of %d", last, total)
 	}
+}
+
+// TestAFileThatChangesWhileItMovesIsAsItIsInTheEnd: with what it has not any more, too.
+func TestAFileThatChangesWhileItMovesIsAsItIsInTheEnd(t *testing.T) {
+	for what, size := range map[string]int64{"shorter": 1000, "as long": mib, "longer": 2 * mib, "empty": 0} {
+		t.Run(what, func(t *testing.T) {
+			dir := t.TempDir()
+			src, dst := sub(t, dir, "src"), sub(t, dir, "dst")
+			file := filepath.Join(src, "f")
+			makeSparse(t, file, mib, []extent{{0, mib}})
+			must := func(errs ...error) {
+				t.Helper()
+				if err := errors.Join(errs...); err != nil {
+					t.Fatal(err)
+				}
+			}
+			must(os.Link(file, filepath.Join(src, "g")), os.Chmod(file, 0o755),
+				unix.Setxattr(file, "user.gone", []byte("x"), 0), unix.Setxattr(file, "user.changed", []byte("one"), 0))
+			root := os.Geteuid() == 0
+			if root {
+				must(os.Chown(file, 1234, 1234))
+			}
+			stamp(t, src)
+			change := sync.OnceFunc(func() {
+				err := errors.Join(os.WriteFile(file, bytes.Repeat([]byte{7}, int(size)), 0), os.Chmod(file, 0o600),
+					unix.Removexattr(file, "user.gone"), unix.Setxattr(file, "user.changed", []byte("two"), 0))
+				if root {
+					err = errors.Join(err, os.Chown(file, 0, 0))
+				}
+				if err = errors.Join(err, os.Chtimes(file, time.Unix(3e8, 0), time.Unix(4e8, 5))); err != nil {
+					t.Error(err)
+				}
+			})
+			m := New(Options{Buffer: 64 << 10})
+			sent, received := over(func(w io.Writer) error {
+				return m.SendTree(t.Context(), src, &middle{w, 512 << 10, change})
+			}, func(r io.Reader) error { return m.ReceiveTree(t.Context(), dst, nil, r) })
+			must(sent, received)
+			sameTree(t, src, dst)
+			if got := readAt(t, filepath.Join(dst, "g"), 0, size); !bytes.Equal(got, bytes.Repeat([]byte{7}, int(size))) {
+				t.Error("the copy has what the file had before")
+			}
+		})
+	}
+}
+
+// middle calls do after so many bytes were written.
+type middle struct {
+	io.Writer
+	left int
+	do   func()
+}
+
+func (m *middle) Write(b []byte) (int, error) {
+	if m.left -= len(b); m.left <= 0 {
+		m.do()
+	}
+	return m.Writer.Write(b)
 }
 
 // TestATreeFromAHostThatLiesStaysInItsPlace: what is sent makes nothing outside of the target.
