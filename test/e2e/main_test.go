@@ -11,6 +11,13 @@ import (
 )
 
 func TestMain(m *testing.M) {
+	if node := os.Getenv("QUARRY_EMPTY_NODE"); node != "" {
+		if err := emptyNode(node); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	code := m.Run()
 	if err := nothingLeft(); err != nil {
 		fmt.Fprintln(os.Stderr, "after all scenarios:", err)

@@ -7,6 +7,7 @@ import (
 
 	snapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumesnapshot/v1"
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
@@ -102,6 +103,10 @@ func at(prefix string, i int) string {
 
 func (r *rig) makePod(p pod) {
 	r.Helper()
+	r.must(r.tryMakePod(p))
+}
+
+func (r *rig) tryMakePod(p pod) error {
 	container := corev1.Container{Name: "main", Image: r.image, ImagePullPolicy: corev1.PullIfNotPresent,
 		Command:         []string{"sh", "-ec", "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"},
 		SecurityContext: &corev1.SecurityContext{Privileged: ptr.To(true)}}
@@ -117,7 +122,11 @@ func (r *rig) makePod(p pod) {
 		volume := at("data", i)
 		spec.Volumes = append(spec.Volumes, corev1.Volume{Name: volume, VolumeSource: corev1.VolumeSource{
 			PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: name, ReadOnly: p.readOnly}}})
-		if m := r.getClaim(name).Spec.VolumeMode; m != nil && *m == corev1.PersistentVolumeBlock {
+		used, err := r.tryClaim(name)
+		if err != nil {
+			return err
+		}
+		if m := used.Spec.VolumeMode; m != nil && *m == corev1.PersistentVolumeBlock {
 			container.VolumeDevices = append(container.VolumeDevices, corev1.VolumeDevice{Name: volume, DevicePath: at("/dev/data", i)})
 		} else {
 			container.VolumeMounts = append(container.VolumeMounts, corev1.VolumeMount{Name: volume, MountPath: at("/data", i), ReadOnly: p.readOnly})
@@ -130,7 +139,7 @@ func (r *rig) makePod(p pod) {
 	}
 	spec.Containers = []corev1.Container{container}
 	_, err := r.kube.CoreV1().Pods(r.ns).Create(bg, &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Name: p.name, Labels: p.labels}, Spec: spec}, metav1.CreateOptions{})
-	r.must(err)
+	return err
 }
 
 // start makes a pod and waits until it runs, or has done its work.
@@ -138,6 +147,20 @@ func (r *rig) start(p pod) {
 	r.Helper()
 	r.makePod(p)
 	r.running(p.name)
+}
+
+// tryStart is start for what runs beside the scenario.
+func (r *rig) tryStart(p pod) error {
+	if err := r.tryMakePod(p); err != nil {
+		return err
+	}
+	return r.poll(func() (bool, error) {
+		now, err := r.tryPod(p.name)
+		if err != nil {
+			return false, err
+		}
+		return now.Status.Phase == corev1.PodRunning, fmt.Errorf("pod %s is %s", p.name, now.Status.Phase)
+	})
 }
 
 func (r *rig) running(name string) {
@@ -187,6 +210,16 @@ func (r *rig) stop(name string) {
 	r.Helper()
 	r.must(r.kube.CoreV1().Pods(r.ns).Delete(bg, name, metav1.DeleteOptions{}))
 	r.gone("pod "+name, func() error { _, err := r.tryPod(name); return err })
+}
+
+func (r *rig) tryStop(name string) error {
+	if err := r.kube.CoreV1().Pods(r.ns).Delete(bg, name, metav1.DeleteOptions{}); err != nil {
+		return err
+	}
+	return r.poll(func() (bool, error) {
+		_, err := r.tryPod(name)
+		return apierrors.IsNotFound(err), err
+	})
 }
 
 // snapshot makes a VolumeSnapshot of a claim and waits until it can be used.

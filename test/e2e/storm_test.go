@@ -3,101 +3,26 @@ package e2e
 import (
 	"context"
 	"fmt"
-	"net"
 	"os"
-	"os/exec"
-	"path/filepath"
 	"slices"
 	"strconv"
 	"sync"
-	"syscall"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	"github.com/container-storage-interface/spec/lib/go/csi"
-	"google.golang.org/grpc"
-	"google.golang.org/protobuf/types/known/wrapperspb"
 	corev1 "k8s.io/api/core/v1"
-	storagev1 "k8s.io/api/storage/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/watch"
-	"k8s.io/utils/ptr"
 )
 
-// empty is a driver that answers at once and does nothing: what a storm of claims takes on it is the
-// floor of the machinery, which no driver can go below.
-type empty struct {
-	csi.UnimplementedIdentityServer
-	csi.UnimplementedControllerServer
-}
+// podsAtOnce use the claims of a storm, each of which is started and deleted twice. A node takes 110 pods.
+const podsAtOnce = 10
 
-const emptyDriver = "empty.e2e.quarry.dev"
-
-func (empty) GetPluginInfo(context.Context, *csi.GetPluginInfoRequest) (*csi.GetPluginInfoResponse, error) {
-	return &csi.GetPluginInfoResponse{Name: emptyDriver, VendorVersion: "0"}, nil
-}
-
-func (empty) GetPluginCapabilities(context.Context, *csi.GetPluginCapabilitiesRequest) (*csi.GetPluginCapabilitiesResponse, error) {
-	return &csi.GetPluginCapabilitiesResponse{Capabilities: []*csi.PluginCapability{{Type: &csi.PluginCapability_Service_{
-		Service: &csi.PluginCapability_Service{Type: csi.PluginCapability_Service_CONTROLLER_SERVICE}}}}}, nil
-}
-
-func (empty) Probe(context.Context, *csi.ProbeRequest) (*csi.ProbeResponse, error) {
-	return &csi.ProbeResponse{Ready: wrapperspb.Bool(true)}, nil
-}
-
-func (empty) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
-	return &csi.ControllerGetCapabilitiesResponse{Capabilities: []*csi.ControllerServiceCapability{{Type: &csi.ControllerServiceCapability_Rpc{
-		Rpc: &csi.ControllerServiceCapability_RPC{Type: csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME}}}}}, nil
-}
-
-func (empty) CreateVolume(_ context.Context, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
-	return &csi.CreateVolumeResponse{Volume: &csi.Volume{VolumeId: r.GetName(), CapacityBytes: r.GetCapacityRange().GetRequiredBytes()}}, nil
-}
-
-func (empty) DeleteVolume(context.Context, *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
-	return &csi.DeleteVolumeResponse{}, nil
-}
-
-// serveEmpty runs the empty driver with a provisioner of its own, as Quarry's has it, and makes a class for it.
-func (r *rig) serveEmpty() (class string) {
-	r.Helper()
-	provisioner := os.Getenv("QUARRY_PROVISIONER")
-	if provisioner == "" {
-		r.Fatal("$QUARRY_PROVISIONER must name the program csi-provisioner")
-	}
-	socket := filepath.Join(must(os.MkdirTemp("", "e2e"))(r), "csi.sock")
-	l := must(net.Listen("unix", socket))(r)
-	s := grpc.NewServer()
-	csi.RegisterIdentityServer(s, empty{})
-	csi.RegisterControllerServer(s, empty{})
-	served := make(chan error, 1)
-	go func() { served <- s.Serve(l) }()
-	log := must(os.Create(socket + ".log"))(r)
-	cmd := exec.Command(provisioner, "--csi-address="+socket, "--kubeconfig="+os.Getenv("KUBECONFIG"), "--timeout=60s",
-		"--retry-interval-max=30s", "--extra-create-metadata", "--kube-api-qps=100", "--kube-api-burst=200")
-	cmd.Stdout, cmd.Stderr, cmd.SysProcAttr = log, log, &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	r.must(cmd.Start())
-	name := "empty-" + r.ns
-	_, err := r.kube.StorageV1().StorageClasses().Create(bg, &storagev1.StorageClass{ObjectMeta: metav1.ObjectMeta{Name: name},
-		Provisioner: emptyDriver, VolumeBindingMode: ptr.To(storagev1.VolumeBindingImmediate)}, metav1.CreateOptions{})
-	r.must(err)
-	r.Cleanup(func() {
-		r.must(r.kube.StorageV1().StorageClasses().Delete(bg, name, metav1.DeleteOptions{}))
-		if err := cmd.Process.Signal(syscall.SIGTERM); err == nil {
-			_ = cmd.Wait() // it says so when it is told to end
-		}
-		s.Stop()
-		r.must(<-served)
-		r.must(log.Close())
-		r.must(os.RemoveAll(filepath.Dir(socket)))
-	})
-	return name
-}
-
-// TestAStormOfClaims: many claims at once on Quarry, and on a driver that does nothing, one after the other. It says how
-// many were bound in a minute, and how long one took; $QUARRY_STORM says how many there are.
+// TestAStormOfClaims: many claims at once on Quarry, and on a driver that does nothing, one after the other, while pods
+// that use them come and go. It says how many were bound in a minute, and how long one took; $QUARRY_STORM says how
+// many there are.
 func TestAStormOfClaims(t *testing.T) {
 	many := 20
 	if s := os.Getenv("QUARRY_STORM"); s != "" {
@@ -110,19 +35,19 @@ func TestAStormOfClaims(t *testing.T) {
 	floor := r.serveEmpty()
 	rates := map[string]float64{}
 	for round, class := range []string{classShared, floor, floor, classShared} {
-		took, all := r.storm(fmt.Sprintf("storm%d", round), class, many)
+		took, all, pods := r.storm(fmt.Sprintf("storm%d", round), class, many)
 		slices.Sort(took)
 		rate := float64(many) / all.Minutes()
 		rates[class] += rate / 2
-		r.Logf("%-12.12s %d claims: %.0f a minute, p50 %s, p99 %s", class, many, rate,
-			took[many/2].Round(time.Millisecond), took[min(many-1, many*99/100)].Round(time.Millisecond))
+		r.Logf("%-12.12s %d claims: %.0f a minute, p50 %s, p99 %s, beside %d starts of pods", class, many, rate,
+			took[many/2].Round(time.Millisecond), took[min(many-1, many*99/100)].Round(time.Millisecond), pods)
 	}
 	r.Logf("Quarry binds %.2f times as many claims as the floor", rates[classShared]/rates[floor])
 }
 
-// storm makes claims, waits until all are bound, and deletes them. It says how long each took from its
-// creation until it was seen to be bound, and all together.
-func (r *rig) storm(prefix, class string, many int) (took []time.Duration, all time.Duration) {
+// storm makes claims and pods that use them, waits until all are bound, and deletes them. It says how long each took from
+// its creation until it was seen to be bound, all together, and how many times a pod was started.
+func (r *rig) storm(prefix, class string, many int) (took []time.Duration, all time.Duration, pods int64) {
 	r.Helper()
 	claims := r.kube.CoreV1().PersistentVolumeClaims(r.ns)
 	ctx, cancel := context.WithTimeout(bg, 4*patience)
@@ -132,13 +57,13 @@ func (r *rig) storm(prefix, class string, many int) (took []time.Duration, all t
 	var mu sync.Mutex
 	created := map[string]time.Time{}
 	began := time.Now()
-	names := make(chan string, many)
+	names, ready := make(chan string, many), make(chan string, many)
 	for i := range many {
 		names <- fmt.Sprintf("%s-%d", prefix, i)
 	}
 	close(names)
-	var makers sync.WaitGroup
-	errs := make(chan error, many)
+	var makers, users sync.WaitGroup
+	errs := make(chan error, 2*many)
 	for range 8 {
 		makers.Go(func() {
 			for name := range names {
@@ -149,6 +74,21 @@ func (r *rig) storm(prefix, class string, many int) (took []time.Duration, all t
 					Spec: claim{class: class, size: "16Mi"}.spec()}, metav1.CreateOptions{})
 				if err != nil {
 					errs <- err
+				}
+			}
+		})
+	}
+	var started atomic.Int64
+	over, end := context.WithCancel(ctx)
+	defer end()
+	for range podsAtOnce {
+		users.Go(func() {
+			for name := range ready {
+				if err := r.use(over, name, &started); err != nil {
+					errs <- err
+				}
+				if over.Err() != nil {
+					return
 				}
 			}
 		})
@@ -172,15 +112,45 @@ func (r *rig) storm(prefix, class string, many int) (took []time.Duration, all t
 			if mine {
 				bound[c.Name] = true
 				took = append(took, time.Since(at))
+				ready <- c.Name
 			}
 		}
 	}
 	all = time.Since(began)
+	pods = started.Load()
+	end()
+	close(ready)
 	makers.Wait()
+	users.Wait()
+	close(errs)
+	for err := range errs {
+		r.Error(err)
+	}
+	if started.Load() == 0 {
+		r.Error("no pod used a claim")
+	}
 	r.must(claims.DeleteCollection(bg, metav1.DeleteOptions{}, metav1.ListOptions{}))
 	r.wait("the claims and their volumes to go", func() (bool, error) {
 		left, err := r.volumesLeft()
 		return err == nil && len(left) == 0, fmt.Errorf("%d volumes are left: %w", len(left), orNever(err))
 	})
-	return took, all
+	return took, all, pods
+}
+
+// use starts a pod on a claim, deletes it, and does so again unless the storm is over.
+func (r *rig) use(over context.Context, claim string, started *atomic.Int64) error {
+	for turn := range 2 {
+		name := fmt.Sprintf("%s-pod%d", claim, turn)
+		if err := r.tryStart(pod{name: name, claims: []string{claim}}); err != nil {
+			return err
+		}
+		started.Add(1)
+		if err := r.tryStop(name); err != nil {
+			return err
+		}
+		if over.Err() != nil {
+			break
+		}
+	}
+	return nil
 }
