@@ -294,7 +294,11 @@ func TestGroupsCompareTheirMembers(t *testing.T) {
 		_, err = s.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: ids})
 		wantKind(t, fmt.Sprint(ids), err, fault.Invalid)
 	}
-	r, err := s.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{"nas/v-1", "nas/v-2"}})
+	_, err = s.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{"nas/v-1", "nas/v-2"},
+		Parameters: map[string]string{"deletionpolicy": "Delete"}})
+	wantKind(t, "a parameter that is unknown", err, fault.Invalid)
+	r, err := s.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "g", SourceVolumeIds: []string{"nas/v-1", "nas/v-2"},
+		Parameters: map[string]string{"deletionPolicy": "Delete"}})
 	if err != nil || len(r.GroupSnapshot.Snapshots) != 2 || r.GroupSnapshot.Snapshots[1].SourceVolumeId != "nas/v-2" {
 		t.Errorf("%v, %v", r, err)
 	}

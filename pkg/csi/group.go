@@ -3,6 +3,7 @@ package csi
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -32,7 +33,10 @@ func (s *Server) CreateVolumeGroupSnapshot(ctx context.Context, req *csi.CreateV
 	if len(req.GetSourceVolumeIds()) == 0 {
 		return nil, fault.New(fault.Invalid, "source_volume_ids is empty: at least one volume is needed")
 	}
-	c, err := parseSnapshotClass(req.GetParameters())
+	// A field of the class, which sidecars heed; Kubernetes' own suite says it here again.
+	params := maps.Clone(req.GetParameters())
+	delete(params, "deletionPolicy")
+	c, err := parseSnapshotClass(params)
 	if err != nil {
 		return nil, err
 	}
