@@ -16,7 +16,7 @@ func (c *cli) importCommand() *cobra.Command {
 	var req admin.ImportRequest
 	var claim, mode string
 	cmd := &cobra.Command{
-		Use: "import NAME --domain DOMAIN --source SOURCE", Short: "Make a volume of a file that is there already, and print its PersistentVolume",
+		Use: "import NAME --domain DOMAIN --source SOURCE", Short: "Make a volume of a file or logical volume that is there already, and print its PersistentVolume",
 		Long: `Make a volume of what lies in a domain's storage already, and print its
 PersistentVolume: with -o yaml, for kubectl apply. No bytes move. The name is the
 volume's and the PersistentVolume's.
@@ -25,6 +25,10 @@ SOURCE of engine dir is a file with the image of a file system (or, with --block
 anything) in the folder "import" of the domain's directory: put it there first, with mv,
 or with cp --reflink=auto --sparse=always. Nobody may have it open. Afterwards it is
 Quarry's: it has its old name no more. If something fails, it stays where it was.
+
+SOURCE of engine lvm is a logical volume of the domain's volume group, by its name without
+the group's: a linear or striped one, or of the domain's thin pool. Nobody may have it open
+or mounted. If something fails, it gets its name back.
 
 The same command again does nothing more, and prints the same.`,
 		Example: `  kubectl quarry import legacy --domain local --source disk.img --dry-run
@@ -58,7 +62,7 @@ The same command again does nothing more, and prints the same.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&req.Domain, "domain", "", "the domain (name or ID)")
-	f.StringVar(&req.Source, "source", "", "what to import: the name of a file in the domain's folder import")
+	f.StringVar(&req.Source, "source", "", "what to import: the name of a file in the domain's folder import, or of a logical volume of its group")
 	f.BoolVar(&req.Block, "block", false, "a raw block volume, whatever it holds")
 	f.StringVar(&req.Filesystem, "fstype", "", "fail unless it holds this file system: ext4, xfs or btrfs")
 	f.StringVar(&claim, "claim", "", "reserve the PersistentVolume for this claim: NAMESPACE/NAME")

@@ -83,6 +83,7 @@ type world struct {
 	now   time.Time
 	*image.Manager
 	engine *dying
+	as     func(*dying) engine.Engine // what the manager is given; nil: the engine
 }
 
 func (w *world) start(at int, after bool) error {
@@ -91,7 +92,11 @@ func (w *world) start(at int, after bool) error {
 	worker := &mover.Local{Files: mover.New(mover.Options{Workers: 1}), Agents: noAgents{}}
 	w.Manager = image.New(image.Config{Installation: "test", Agents: noAgents{}, Worker: worker, Now: func() time.Time { return w.now }, CollectEvery: -1})
 	worker.Engines = w.Engine
-	_, err = w.AddDomain(w.t.Context(), image.DomainConfig{Name: "a", Engine: "lvm", Scope: image.ScopeShared, Overcommit: 1}, w.engine)
+	var e engine.Engine = w.engine
+	if w.as != nil {
+		e = w.as(w.engine)
+	}
+	_, err = w.AddDomain(w.t.Context(), image.DomainConfig{Name: "a", Engine: "lvm", Scope: image.ScopeShared, Overcommit: 1}, e)
 	return err
 }
 

@@ -352,9 +352,10 @@ func TestWhatIsKnownIsWhatIsThere(t *testing.T) {
 			t.Fatalf("known is\n%s\nthere is\n%s", strings.Join(have, "\n"), strings.Join(want, "\n"))
 		}
 	}
+	imported := map[string]string{}
 	for i := range rounds {
 		e, name := es[rnd.IntN(len(es))], fmt.Sprintf("n_%d", rnd.IntN(6))
-		switch rnd.IntN(7) {
+		switch rnd.IntN(10) {
 		case 0, 1:
 			if err := e.CreateTag(t.Context(), engine.Tag{Name: name, Record: fmt.Append(nil, i)}); fault.KindOf(err) != fault.Exists {
 				ok(t, err)
@@ -373,6 +374,21 @@ func TestWhatIsKnownIsWhatIsThere(t *testing.T) {
 			}
 		case 6:
 			g.lvm(t, "lvcreate", "-y", "-an", "--type", "error", "-l1", "-n", fmt.Sprintf("other%d", i), g.name)
+		case 7:
+			source := fmt.Sprintf("own%d", i)
+			g.lvm(t, "lvcreate", "-y", "-an", "-Zn", "-Wn", "-L", "1m", "-n", source, g.name)
+			err := e.(engine.Importer).ImportSlab(t.Context(), source, engine.SlabSpec{ID: name, Kind: engine.Block, Size: mib})
+			if fault.KindOf(err) != fault.Exists {
+				ok(t, err)
+			} else if err == nil {
+				imported[name] = source
+			}
+		case 8, 9:
+			if source := imported[name]; source != "" {
+				if err := e.(engine.Importer).KeepSlab(t.Context(), source, name); fault.KindOf(err) != fault.NotFound {
+					ok(t, err)
+				}
+			}
 		}
 		check(es[rnd.IntN(len(es))])
 	}

@@ -38,6 +38,7 @@ func Params() map[string]string {
 // lvmEngine is an opened domain.
 type lvmEngine struct {
 	group  *lvm.Group
+	host   *host.Local
 	name   string      // of the group
 	uuid   string      // of the group
 	disks  []string    // as they were at opening
@@ -51,6 +52,8 @@ type lvmEngine struct {
 	reserve int64        // bytes of the metadata area that slabs leave to tags
 	room    atomic.Int64 // what was free of it when it was last seen
 	changes atomic.Int64 // slabs made, grown and removed by this engine
+
+	importing chan struct{} // has room for one
 
 	measuring    sync.Mutex
 	measured     map[string]lvm.Volume // by slab
@@ -77,8 +80,8 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 	if err != nil {
 		return nil, err
 	}
-	e := &lvmEngine{name: params["vg"], pool: params["thinPool"], group: lvm.New(run, params["vg"], options),
-		known: knowledge{changing: make(chan struct{}, 1)}}
+	e := &lvmEngine{name: params["vg"], pool: params["thinPool"], group: lvm.New(run, params["vg"], options), host: host.NewLocal(run),
+		importing: make(chan struct{}, 1), known: knowledge{changing: make(chan struct{}, 1)}}
 	info, err := e.group.Info(ctx)
 	if err != nil {
 		return nil, err
@@ -214,19 +217,39 @@ func (e *lvmEngine) list(ctx context.Context, selection string, used bool) (lvm.
 	ctx, cancel := context.WithTimeout(ctx, engine.ListingLimit)
 	defer cancel()
 	l, err := e.group.Volumes(ctx, selection, used)
-	switch {
-	case err != nil:
+	if err == nil {
+		err = e.believe(l)
+	}
+	if err != nil {
 		return lvm.Listing{}, err
+	}
+	return l, nil
+}
+
+// details lists volumes by name with their details, as list does.
+func (e *lvmEngine) details(ctx context.Context, lvs ...string) (map[string]lvm.Details, error) {
+	ctx, cancel := context.WithTimeout(ctx, engine.ListingLimit)
+	defer cancel()
+	l, all, err := e.group.Details(ctx, append(lvs, marker)...)
+	if err == nil {
+		err = e.believe(l)
+	}
+	return all, err
+}
+
+// believe checks a listing that the marker must be in.
+func (e *lvmEngine) believe(l lvm.Listing) error {
+	switch {
 	case len(l.Volumes) == 0:
-		return lvm.Listing{}, fault.New(fault.Unavailable, "volume group %s has lost the logical volume %s that marks it as a domain: it was emptied or replaced from outside", e.name, marker)
+		return fault.New(fault.Unavailable, "volume group %s has lost the logical volume %s that marks it as a domain: it was emptied or replaced from outside", e.name, marker)
 	case l.UUID != e.uuid:
-		return lvm.Listing{}, fault.New(fault.Unavailable, "volume group %s is another one (UUID %s) than was opened (UUID %s): bring the right disks back", e.name, l.UUID, e.uuid)
+		return fault.New(fault.Unavailable, "volume group %s is another one (UUID %s) than was opened (UUID %s): bring the right disks back", e.name, l.UUID, e.uuid)
 	case l.Missing > 0:
-		return lvm.Listing{}, e.missing(l.Missing)
+		return e.missing(l.Missing)
 	}
 	e.room.Store(l.MetadataFree)
 	e.grown.Store(l.Disks != int64(len(e.disks)))
-	return l, nil
+	return nil
 }
 
 // confirm is called when something was not there, before that is believed: nil if

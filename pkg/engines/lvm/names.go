@@ -20,6 +20,9 @@ import (
 //	qs.<id>    a slab: LVM tag q:s=<id>
 //	qp.<id>    a slab that is not finished
 //
+// A slab that was imported, and is not final, has LVM tag q:i=<id>:<its own name> in place
+// of q:s=<id>: without the latter nothing is destroyed.
+//
 // LVM's names are shorter than ours, and some parts of names are LVM's own: all
 // of those begin with an underscore. A name that does not fit is replaced by its
 // hash, after a hyphen instead of the dot; the LVM tag holds the real one.
@@ -33,6 +36,7 @@ const (
 	nameTag    = "q:t="
 	recordTag  = "q:r="
 	slabTag    = "q:s="
+	importTag  = "q:i="
 	listedName = 120 // of 127: a tag's volume is never a device
 	// deviceName is for slabs, of the 127 that device-mapper has for a name with its
 	// group's: hyphens count twice there.
@@ -109,13 +113,41 @@ func decodeTag(v lvm.Volume) (t engine.Tag, ok bool) {
 	return engine.Tag{}, false
 }
 
+// encodeImport renders the LVM tag of a volume that becomes a slab and keeps its own name in mind.
+func encodeImport(id, own string) string { return importTag + id + ":" + own }
+
+// decodeImport reads the own name of a slab that is not final; "": it is, or never was imported.
+func decodeImport(v lvm.Volume, id string) string {
+	for _, lvmTag := range v.Tags {
+		if own, is := strings.CutPrefix(lvmTag, encodeImport(id, "")); is && lvmName(own) {
+			return own
+		}
+	}
+	return ""
+}
+
+// reserved says whether a name is one of those that only Quarry gives.
+func reserved(lv string) bool {
+	for _, sort := range []string{tagSort, slabs, partial} {
+		if strings.HasPrefix(lv, sort+".") || strings.HasPrefix(lv, sort+"-") {
+			return true
+		}
+	}
+	return lv == marker
+}
+
 // decodeSlab reads a slab's ID from its volume; "" where it is not to be known.
 func decodeSlab(v lvm.Volume) string {
 	if id := known(slabs, v.Name); id != "" {
 		return id
 	}
 	for _, lvmTag := range v.Tags {
-		if id, is := strings.CutPrefix(lvmTag, slabTag); is && engine.CheckName("slab ID", id) == nil && volume(slabs, id) == v.Name {
+		id, is := strings.CutPrefix(lvmTag, slabTag)
+		if !is {
+			id, is = strings.CutPrefix(lvmTag, importTag)
+			id, _, _ = strings.Cut(id, ":")
+		}
+		if is && engine.CheckName("slab ID", id) == nil && volume(slabs, id) == v.Name {
 			return id
 		}
 	}

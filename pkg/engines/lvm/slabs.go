@@ -138,7 +138,8 @@ func notFound(id string, err error) error {
 	return err
 }
 
-// DeleteSlab implements engine.Engine.
+// DeleteSlab implements engine.Engine. What was imported and is not final has no LVM tag of
+// a slab: LVM passes over it, and it goes back.
 func (e *lvmEngine) DeleteSlab(ctx context.Context, id string) error {
 	if err := engine.CheckName("slab ID", id); err != nil {
 		return err
@@ -155,9 +156,12 @@ func (e *lvmEngine) DeleteSlab(ctx context.Context, id string) error {
 	if e.pool != "" {
 		all = append(all, volume(partial, id))
 	}
-	err = e.follow(ctx, func() error { return e.changed(ctx, e.group.Remove(ctx, e.uuid, all...)) }, nil, all...)
-	if errors.Is(err, fault.NotFound) {
+	err = e.follow(ctx, func() error { return e.changed(ctx, e.group.RemoveTagged(ctx, e.uuid, slabTag+id, all...)) }, nil, all...)
+	switch {
+	case errors.Is(err, fault.NotFound):
 		return e.confirm(ctx)
+	case errors.Is(err, lvm.ErrPassedOver):
+		return e.giveBack(ctx, id, err)
 	}
 	return err
 }

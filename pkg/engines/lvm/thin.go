@@ -67,7 +67,7 @@ func (e *lvmEngine) Supports(c engine.Capability) bool {
 	switch c {
 	case engine.CapSnapshot, engine.CapClone:
 		return e.pool != ""
-	case engine.CapMeter:
+	case engine.CapMeter, engine.CapImport:
 		return true
 	}
 	return false

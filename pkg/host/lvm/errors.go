@@ -13,6 +13,9 @@ import (
 // errLargeEnough is what lvextend says of a volume that has the size already.
 var errLargeEnough = errors.New("the volume is large enough")
 
+// ErrPassedOver is of a volume that is there, and that a removal did not select.
+var ErrPassedOver = errors.New("nothing was removed")
+
 // explain gives a failure of a program its kind. LVM has one exit status for
 // all that can go wrong, so its words are read: they are those of lvm2 2.03,
 // recorded in testdata, which speaks English under LC_ALL=C.
@@ -115,5 +118,5 @@ func (g *Group) partial() error {
 
 // unselected is of volumes that are there, but that a removal did not select.
 func (g *Group) unselected(groupUUID string) error {
-	return fault.New(fault.Unavailable, "nothing was removed from volume group %s: a disk of it is missing (pvs shows which, vgextend --restoremissing takes it in again), or it is another group of that name, not the one with UUID %s (vgs -o vg_name,vg_uuid): bring the right disks back", g.name, groupUUID)
+	return fault.New(fault.Unavailable, "%w from volume group %s: a disk of it is missing (pvs shows which, vgextend --restoremissing takes it in again), or it is another group of that name, not the one with UUID %s (vgs -o vg_name,vg_uuid): bring the right disks back", ErrPassedOver, g.name, groupUUID)
 }

@@ -162,7 +162,7 @@ func (g *Group) CreateRecord(ctx context.Context, lv string, tags ...string) err
 // RemoveRecord removes a volume of CreateRecord from the group of that UUID, as
 // in Info. fault.NotFound: no such volume, or another group of the name has none.
 func (g *Group) RemoveRecord(ctx context.Context, groupUUID, lv string) error {
-	return g.remove(ctx, writes, groupUUID, lv)
+	return g.remove(ctx, writes, whole(groupUUID), groupUUID, lv)
 }
 
 // CreateLinear makes a volume of size bytes, a multiple of the extent size,
@@ -212,7 +212,45 @@ func (g *Group) Extend(ctx context.Context, lv string, size int64) error {
 
 // Rename gives a volume another name. fault.Exists: that is taken.
 func (g *Group) Rename(ctx context.Context, from, to string) error {
-	_, err := g.lvm(ctx, devices, "lvrename", "-y", g.name, from, to)
+	_, err := g.lvm(ctx, g.either(ctx), "lvrename", "-y", g.name, from, to)
+	return err
+}
+
+// AddTag gives a volume one more LVM tag, if it has that UUID. fault.Conflict: it has
+// another, or the group has.
+func (g *Group) AddTag(ctx context.Context, groupUUID, lv, uuid, tag string) error {
+	return g.change(ctx, groupUUID, lv, fmt.Sprintf(`lv_uuid="%s"`, uuid), "--addtag", tag)
+}
+
+// RemoveTag takes an LVM tag away. fault.Conflict: the volume does not have it.
+func (g *Group) RemoveTag(ctx context.Context, groupUUID, lv, tag string) error {
+	return g.change(ctx, groupUUID, lv, hasTag(tag), "--deltag", tag)
+}
+
+// Adopt makes a volume one that nothing makes active but Activate, and gives it an LVM tag
+// in place of others, in one commit. fault.Conflict: it does not have the first of those.
+func (g *Group) Adopt(ctx context.Context, groupUUID, lv, tag string, instead ...string) error {
+	args := []string{"--setactivationskip", "y", "--setautoactivation", "n", "--addtag", tag}
+	for _, t := range instead {
+		args = append(args, "--deltag", t)
+	}
+	return g.change(ctx, groupUUID, lv, hasTag(instead[0]), args...)
+}
+
+func hasTag(tag string) string { return fmt.Sprintf(`lv_tags="%s"`, tag) }
+
+// whole selects volumes of the group of that UUID, with all of its disks.
+func whole(groupUUID string) string {
+	return fmt.Sprintf(`vg_missing_pv_count=0&&vg_uuid="%s"`, groupUUID)
+}
+
+// change changes the metadata of a volume that is selected, in one commit.
+func (g *Group) change(ctx context.Context, groupUUID, lv, where string, args ...string) error {
+	args = append([]string{"-y", "-S", whole(groupUUID) + "&&" + where}, args...)
+	res, err := g.lvm(ctx, writes, "lvchange", append(args, g.path(lv))...)
+	if err == nil && !strings.Contains(string(res.Stdout), " changed.") { // LVM passed over it without a word
+		return fault.New(fault.Conflict, "logical volume %s is not what it was a moment ago: another has changed it", g.path(lv))
+	}
 	return err
 }
 
@@ -220,13 +258,19 @@ func (g *Group) Rename(ctx context.Context, from, to string) error {
 // fault.NotFound: none of them was there, or another group of the name has none of
 // them. fault.InUse: something has one open.
 func (g *Group) Remove(ctx context.Context, groupUUID string, lvs ...string) error {
-	return g.remove(ctx, g.either(ctx), groupUUID, lvs...)
+	return g.remove(ctx, g.either(ctx), whole(groupUUID), groupUUID, lvs...)
 }
 
-func (g *Group) remove(ctx context.Context, a access, groupUUID string, lvs ...string) error {
+// RemoveTagged removes those of them that have an LVM tag. ErrPassedOver: one is there
+// and was not removed.
+func (g *Group) RemoveTagged(ctx context.Context, groupUUID, tag string, lvs ...string) error {
+	return g.remove(ctx, g.either(ctx), whole(groupUUID)+"&&"+hasTag(tag), groupUUID, lvs...)
+}
+
+func (g *Group) remove(ctx context.Context, a access, where, groupUUID string, lvs ...string) error {
 	// LVM would remove from a group with a disk missing, and for that expel the
 	// disk for good, even if it comes back; and from any group of the name.
-	args := []string{"-y", "-S", fmt.Sprintf(`vg_missing_pv_count=0&&vg_uuid="%s"`, groupUUID)}
+	args := []string{"-y", "-S", where}
 	for _, lv := range lvs {
 		args = append(args, g.path(lv))
 	}

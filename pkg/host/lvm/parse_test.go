@@ -108,6 +108,19 @@ func TestReports(t *testing.T) {
 	if l, err := parseVolumes(fixture(t, "lvs-empty.json")); err != nil || len(l.Volumes) != 0 {
 		t.Errorf("an empty report: %+v, %v", l, err)
 	}
+	l, all, err := parseDetails(fixture(t, "lvs-details.json"))
+	old, frozen := all["old"], all["frozen"]
+	if err != nil || l.Seqno != 10 || l.Disks != 2 || len(all) != 4 || old.UUID != "pYk9cW-u4Zv-Go09-949g-u0gv-pkko-NF38Nv" || old.Size != 12<<20 || old.ReadOnly || !frozen.ReadOnly ||
+		!slices.Equal(old.Tags, []string{"backup=daily", "q:i=a:old"}) || !slices.Equal(old.Segments, []string{"linear", "linear"}) || !slices.Equal(old.Layout, []string{"linear"}) ||
+		!slices.Equal(old.Roles, []string{"public"}) || all["striped"].Layout[0] != "striped" || all["quarry"].Segments[0] != "error" || old.Origin != "" || old.Pool != "" {
+		t.Errorf("%+v, %+v, %v", l, all, err)
+	}
+	if _, all, err := parseDetails(fixture(t, "lvs-empty.json")); err != nil || len(all) != 0 {
+		t.Errorf("an empty report of details: %+v, %v", all, err)
+	}
+	if _, all, err := parseDetails(fixture(t, "lvs.json")); !errors.Is(err, fault.Internal) {
+		t.Errorf("a report without details: %+v, %v", all, err)
+	}
 	p, err := g.parsePool(fixture(t, "pool.json"), "pool")
 	if err != nil || p.Size != 64<<20 || p.MetadataSize != 4<<20 || p.DataPercent != 10.45 || p.MetadataPercent != 11.23 || !p.Zero || p.ErrorWhenFull || p.Health != "" || p.Transaction != 3 {
 		t.Errorf("%+v, %v", p, err)
@@ -192,8 +205,34 @@ func TestWhatWasNotThere(t *testing.T) {
 		"neither, after a failure to be told of": {"", "  Failed to update pool data/pool.\n" + gone + otherGone, fault.Unavailable},
 	} {
 		s := &script{answers: []host.Result{{Stdout: []byte(c.stdout), Stderr: []byte(c.stderr), ExitCode: 5}}}
-		if err := New(s, "data", Options{}).remove(t.Context(), writes, "the-uuid", "qs.a", "qp.a"); !errors.Is(err, c.want) {
+		if err := New(s, "data", Options{}).remove(t.Context(), writes, "", "the-uuid", "qs.a", "qp.a"); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
+		}
+	}
+}
+
+// TestAVolumeThatLVMPassesOver was not changed, although the program succeeded.
+func TestAVolumeThatLVMPassesOver(t *testing.T) {
+	f := &fake{}
+	g := New(f, "data", Options{})
+	for name, change := range map[string]struct {
+		do    func() error
+		wants string
+	}{
+		"AddTag": {func() error { return g.AddTag(t.Context(), "the-uuid", "old", "its-uuid", "q:i=a:old") },
+			`vg_missing_pv_count=0&&vg_uuid="the-uuid"&&lv_uuid="its-uuid" --addtag q:i=a:old data/old`},
+		"RemoveTag": {func() error { return g.RemoveTag(t.Context(), "the-uuid", "old", "q:i=a:old") },
+			`vg_missing_pv_count=0&&vg_uuid="the-uuid"&&lv_tags="q:i=a:old" --deltag q:i=a:old data/old`},
+		"Adopt": {func() error { return g.Adopt(t.Context(), "the-uuid", "qs.a", "q:s=a", "q:i=a:old", "q:i=b:old") },
+			`vg_missing_pv_count=0&&vg_uuid="the-uuid"&&lv_tags="q:i=a:old" --setactivationskip y --setautoactivation n --addtag q:s=a --deltag q:i=a:old --deltag q:i=b:old data/qs.a`},
+	} {
+		f.res = host.Result{}
+		if err := change.do(); !errors.Is(err, fault.Conflict) || !strings.HasSuffix(strings.Join(f.command.Args, " "), change.wants) {
+			t.Errorf("%s: %v, ran %q", name, err, f.command.Args)
+		}
+		f.res.Stdout = []byte("  Logical volume data/old changed.\n")
+		if err := change.do(); err != nil {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
@@ -206,8 +245,8 @@ func TestWhatTakesItsTime(t *testing.T) {
 		do   func() error
 		want time.Duration
 	}{
-		"removing":                {func() error { return keeps.remove(t.Context(), writes, "the-uuid", "qs.a") }, timeout},
-		"removing and discarding": {func() error { return discards.remove(t.Context(), writes, "the-uuid", "qs.a") }, slow},
+		"removing":                {func() error { return keeps.remove(t.Context(), writes, "", "the-uuid", "qs.a") }, timeout},
+		"removing and discarding": {func() error { return discards.remove(t.Context(), writes, "", "the-uuid", "qs.a") }, slow},
 		"activating":              {func() error { return keeps.Activate(t.Context(), "pool") }, slow},
 		"making":                  {func() error { return discards.CreateRecord(t.Context(), "qt.a") }, timeout},
 	} {

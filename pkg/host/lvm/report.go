@@ -41,6 +41,17 @@ type Volume struct {
 	Used int64
 }
 
+// Details are a volume and what else the metadata say of it.
+type Details struct {
+	Volume
+	UUID     string
+	Layout   []string // "linear"; "thin", "sparse"; ...: see lvmreport(7)
+	Roles    []string // "public", "origin", ...; "private" of LVM's internal volumes
+	Segments []string // the type of each
+	Origin   string   // that a snapshot was cut from, while that is there
+	ReadOnly bool
+}
+
 // Listing is what volumes a group had at one moment.
 type Listing struct {
 	UUID         string // of the group; "" when no volume was selected
@@ -101,10 +112,15 @@ func (g *Group) parseInfo(out []byte) (Info, error) {
 	return info, r.err
 }
 
+const (
+	volumeFields = "vg_uuid,vg_seqno,pv_count,vg_missing_pv_count,vg_mda_free,lv_name,lv_size,lv_tags,pool_lv"
+	detailFields = "lv_uuid,lv_layout,lv_role,lv_permissions,origin,segtype"
+)
+
 // Volumes lists the volumes whose names are selected: see Names. With used,
 // device-mapper is asked for the space that thin volumes take.
 func (g *Group) Volumes(ctx context.Context, selection string, used bool) (Listing, error) {
-	fields, access := "vg_uuid,vg_seqno,pv_count,vg_missing_pv_count,vg_mda_free,lv_name,lv_size,lv_tags,pool_lv", reads
+	fields, access := volumeFields, reads
 	if used {
 		fields, access = fields+",data_percent", kernel
 	}
@@ -137,6 +153,44 @@ func parseVolumes(out []byte) (Listing, error) {
 		l.Volumes = append(l.Volumes, v)
 	}
 	return l, nil
+}
+
+// Details lists volumes of those names, LVM's internal ones too, with their details by name.
+func (g *Group) Details(ctx context.Context, lvs ...string) (Listing, map[string]Details, error) {
+	var names []string
+	for _, lv := range lvs {
+		names = append(names, lv, "["+lv+"]") // so LVM shows an internal one
+	}
+	res, err := g.report(ctx, reads, "lvs", "-a", "-o", volumeFields+","+detailFields, "-S", Names(names, nil), g.name)
+	if err != nil {
+		return Listing{}, nil, err
+	}
+	return parseDetails(res.Stdout)
+}
+
+// parseDetails reads a report with a row for each segment.
+func parseDetails(out []byte) (Listing, map[string]Details, error) {
+	l, err := parseVolumes(out)
+	if err != nil {
+		return Listing{}, nil, err
+	}
+	rows, err := rows(out, "lv")
+	if err != nil {
+		return Listing{}, nil, err
+	}
+	all := map[string]Details{}
+	for i, r := range rows {
+		v := l.Volumes[i]
+		v.Name = strings.Trim(v.Name, "[]")
+		d := Details{Volume: v, UUID: r.text("lv_uuid"), Layout: strings.Split(r.text("lv_layout"), ","), Roles: strings.Split(r.text("lv_role"), ","),
+			Segments: append(all[v.Name].Segments, r.text("segtype")), Origin: strings.Trim(r.text("origin"), "[]"),
+			ReadOnly: strings.HasPrefix(r.text("lv_permissions"), "read-only")}
+		if r.err != nil {
+			return Listing{}, nil, r.err
+		}
+		all[v.Name] = d
+	}
+	return l, all, nil
 }
 
 // Names is a selection for Volumes: whole names, and beginnings of names.
