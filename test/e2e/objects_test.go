@@ -92,6 +92,7 @@ type pod struct {
 	readOnly bool
 	template *corev1.PersistentVolumeClaimSpec // of a generic ephemeral volume at /ephemeral
 	labels   map[string]string
+	account  string // a ServiceAccount
 }
 
 func at(prefix string, i int) string {
@@ -111,7 +112,7 @@ func (r *rig) tryMakePod(p pod) error {
 		Command:         []string{"sh", "-ec", "trap 'exit 0' TERM; while :; do sleep 1 & wait $!; done"},
 		SecurityContext: &corev1.SecurityContext{Privileged: ptr.To(true)}}
 	spec := corev1.PodSpec{RestartPolicy: corev1.RestartPolicyNever, TerminationGracePeriodSeconds: ptr.To(int64(5)),
-		AutomountServiceAccountToken: ptr.To(false)}
+		AutomountServiceAccountToken: ptr.To(false), ServiceAccountName: p.account}
 	if p.script != "" {
 		container.Command = []string{"sh", "-ec", p.script}
 	}
