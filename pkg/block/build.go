@@ -210,7 +210,13 @@ func (d *Devices) slab(ctx context.Context, w *world, slab Slab, size int64) (nu
 		return "", "", err
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		lp, err := d.host().AttachLoop(ctx, host.LoopSpec{File: slab.Path, Size: size, Mark: slabMark(slab.ID)})
+		spec := host.LoopSpec{File: slab.Path, Size: size, Mark: slabMark(slab.ID)}
+		for _, lp := range w.loops {
+			if lp.Dev == st.Dev && lp.Inode == st.Ino && lp.RDev == 0 {
+				spec.Known = &lp
+			}
+		}
+		lp, err := d.host().AttachLoop(ctx, spec)
 		if err != nil {
 			return "", "", err
 		}

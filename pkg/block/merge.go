@@ -126,7 +126,7 @@ func (d *Devices) startMerge(ctx context.Context, w *world, m host.Mapped, under
 	return d.reload(ctx, w, m, func() error { return d.usable(ctx, m) }, layered("snapshot-merge", t.under, t.store, t.chunk, m.Size))
 }
 
-// left is what a merging layer still has, in bytes.
+// left is what a layer holds of its image, in bytes: of one that is merging, still.
 func (d *Devices) left(ctx context.Context, m host.Mapped) (int64, error) {
 	status, err := d.status(ctx, m)
 	if err != nil {

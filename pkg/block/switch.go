@@ -193,11 +193,11 @@ func (d *Devices) continues(ctx context.Context, w *world, s step) error {
 		if l.store == "" {
 			continue // it was merged: its parent is next
 		}
-		empty, err := d.empty(ctx, l.store)
+		left, err := d.left(ctx, *w.number(l.num))
 		if err != nil {
 			return fault.New(fault.KindOf(err), "slab %s: %w", l.slab.ID, err)
 		}
-		if !empty {
+		if left > 0 {
 			return fault.New(fault.Conflict, "%s is in use over device %s, and the layer %s, which should come over that, holds content already", s.top.Path, now, l.slab.ID)
 		}
 	}

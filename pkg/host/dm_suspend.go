@@ -3,6 +3,7 @@ package host
 import (
 	"context"
 	"errors"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -63,6 +64,7 @@ func (l *Local) SuspendAll(ctx context.Context, devices []Mapped, limit time.Dur
 	if len(now) == 0 {
 		return s, nil
 	}
+	l.left()
 	deadline := time.Now().Add(limit)
 	if err := s.watch(ctx, limit); err != nil {
 		return nil, err
@@ -188,14 +190,34 @@ func (s *Suspension) resume(devices []Mapped) error {
 	return errors.Join(errs...)
 }
 
-// dismiss sends the watchdog home and waits for it.
+// dismiss sends the watchdog home. The next suspension waits until it has gone: its time may have
+// been up at this very moment.
 func (s *Suspension) dismiss() {
 	s.mu.Lock()
 	s.over = true
 	s.mu.Unlock()
 	s.dog.dismiss()
-	<-s.ended
-	_ = s.dog.close()
+	l := s.local
+	l.mu.Lock()
+	l.leaving[s] = struct{}{}
+	l.mu.Unlock()
+	go func() {
+		<-s.ended
+		_ = s.dog.close()
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.leaving, s)
+	}()
+}
+
+// left waits for the watchdogs that were dismissed.
+func (l *Local) left() {
+	l.mu.Lock()
+	leaving := slices.Collect(maps.Keys(l.leaving))
+	l.mu.Unlock()
+	for _, s := range leaving {
+		<-s.ended
+	}
 }
 
 // abandon leaves the watchdog at work to its limit, and lets it go

@@ -32,11 +32,13 @@ type Local struct {
 	marks  map[int]Loop // by number, valid for one disk sequence
 	tools  map[string]*tool
 	mapper *os.File // device-mapper's control node, once it was opened
+	// leaving are suspensions that are over, whose watchdogs may not have gone yet.
+	leaving map[*Suspension]struct{}
 }
 
 // NewLocal returns the host on which programs are started with run.
 func NewLocal(run Runner) *Local {
-	return &Local{run: run, thawing: quick, marks: map[int]Loop{}, tools: map[string]*tool{}}
+	return &Local{run: run, thawing: quick, marks: map[int]Loop{}, tools: map[string]*tool{}, leaving: map[*Suspension]struct{}{}}
 }
 
 // Abandoned is how many system calls and programs hang now.

@@ -138,6 +138,13 @@ func (l *Local) loopOf(ctx context.Context, f *os.File) (*Loop, error) {
 	return nil, nil
 }
 
+// stillOver says whether a device that was seen has this file, and had no other since.
+func (lp *Loop) stillOver(f *os.File) bool {
+	var st unix.Stat_t
+	err := unix.Fstat(int(f.Fd()), &st)
+	return err == nil && lp.RDev == 0 && lp.Dev == st.Dev && lp.Inode == st.Ino && lp.sequence != "" && sequence(lp.Number) == lp.sequence
+}
+
 // openLoop opens a device that exists. A missing node, as in a new container
 // with a /dev of its own, does not mean that the device is gone: it is made.
 func openLoop(lp Loop, flags int) (*os.File, error) {

@@ -19,6 +19,8 @@ type LoopSpec struct {
 	ReadOnly bool
 	// Mark by which the device is found again: 1 to MaxMark bytes.
 	Mark string
+	// Known, if not nil, was seen over the file. While that is so, nobody has to look for one.
+	Known *Loop
 }
 
 const loopTimeout = 30 * time.Second
@@ -103,9 +105,11 @@ func (l *Local) attachLoop(ctx context.Context, spec LoopSpec) (lp Loop, h loopH
 	if h.unlock, err = lockLoops(ctx, spec.File, flags); err != nil {
 		return Loop{}, h, err
 	}
-	found, err := l.loopOf(ctx, f)
-	if err != nil {
-		return Loop{}, h, err
+	found := spec.Known
+	if found == nil || !found.stillOver(f) {
+		if found, err = l.loopOf(ctx, f); err != nil {
+			return Loop{}, h, err
+		}
 	}
 	if found != nil {
 		lp, ok, err := l.reuseLoop(ctx, *found, spec, &h)

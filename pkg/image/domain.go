@@ -30,6 +30,7 @@ type domain struct {
 	stop    context.CancelFunc
 	stopped chan struct{}
 	users   *engine.Users // of its slabs, in this process
+	cuts    cuts
 	caps    engine.Capabilities
 	desc    engine.Description
 	epoch   uint32

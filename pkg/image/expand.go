@@ -128,6 +128,10 @@ func (d *domain) allocateLayer(ctx context.Context, op *operation, img *image) e
 	defer img.read()() // the slab stays
 	rec, slab := img.snapshot()
 	for size := int64(allocateAtOnce); size < rec.need(); {
+		op.stepf("waiting for snapshots that are being made")
+		if err := d.cuts.wait(ctx); err != nil {
+			return err
+		}
 		op.stepf("taking the space of slab %s", slab)
 		op.progress(size, rec.need())
 		size = min(size+allocateStep, rec.need())

@@ -70,6 +70,7 @@ func (m *Manager) createGroup(ctx context.Context, op *operation, r GroupRequest
 		defer release()
 		members = append(members, &cutting{m: m, op: op, src: src, inexact: r.Inexact, described: r.Described})
 	}
+	defer d.cuts.begin()()
 	g, err := d.intend(ctx, op, record{Name: r.Name, Kind: kindGroup, Op: opGroup, Created: m.cfg.Now().UnixMilli(), Members: len(members)}, "")
 	if err != nil {
 		return Group{}, err

@@ -2,9 +2,11 @@ package image_test
 
 import (
 	"context"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/quarry-csi/quarry/pkg/engine"
@@ -143,5 +145,68 @@ func TestAllNodesAreReadyBeforeOneHolds(t *testing.T) {
 	want := []string{"prepare n1", "prepare n2", "hold of n1 n1", "hold of n2 n2", "release of n1 n1", "release of n2 n2"}
 	if !slices.Equal(got, want) {
 		t.Fatalf("%q, want %q", got, want)
+	}
+}
+
+// countedWorker counts the steps in which space is taken, and takes none.
+type countedWorker struct {
+	image.Worker
+	steps *atomic.Int64
+}
+
+func (w countedWorker) FormatLayer(ctx context.Context, p image.Place, _, chunk int64) error {
+	return w.Worker.FormatLayer(ctx, p, 0, chunk)
+}
+
+func (w countedWorker) Allocate(context.Context, image.Place, int64) error {
+	w.steps.Add(1)
+	return nil
+}
+
+// TestTheSpaceOfALayerIsTakenWhileNoSnapshotIsBeingMade, of whatever volume in the domain.
+func TestTheSpaceOfALayerIsTakenWhileNoSnapshotIsBeingMade(t *testing.T) {
+	r, _, e := switchingRig(t)
+	steps := new(atomic.Int64)
+	r.worker = func(w image.Worker) image.Worker { return countedWorker{w, steps} }
+	r.restart()
+	v, other := r.volume("v", "a", 9<<30), r.volume("other", "a", 1<<20)
+	going, goOn := make(chan struct{}), make(chan struct{})
+	e.set(func(name string, create func() error) error {
+		if strings.HasPrefix(name, "i."+other.Handle.Image+".") { // the first seal
+			close(going)
+			<-goOn
+		}
+		return create()
+	})
+	var made sync.WaitGroup
+	made.Go(func() {
+		if _, err := r.CreateSnapshot(r.ctx, image.SnapshotRequest{Name: "held", Source: other.Handle}); err != nil {
+			t.Error(err)
+		}
+	})
+	<-going
+	waits := make(chan struct{})
+	made.Go(func() {
+		r.snapshot("s", v)
+		r.must(r.Collect(r.ctx))
+		for {
+			if slices.ContainsFunc(r.Operations(), func(o image.Operation) bool { return strings.HasPrefix(o.Step, "waiting for snapshots") }) || steps.Load() > 0 {
+				close(waits)
+				return
+			}
+			runtime.Gosched()
+		}
+	})
+	<-waits
+	if n := steps.Load(); n > 0 {
+		t.Errorf("%d steps beside a snapshot that is being made", n)
+	}
+	close(goOn)
+	made.Wait()
+	for slices.ContainsFunc(r.Operations(), func(o image.Operation) bool { return o.Op == "allocate layers" }) {
+		runtime.Gosched()
+	}
+	if n := steps.Load(); n != 3 { // from 1 to 5, to 9 GiB, and metadata
+		t.Errorf("%d steps, want 3", n)
 	}
 }

@@ -43,6 +43,7 @@ func (m *Manager) createSnapshot(ctx context.Context, op *operation, r SnapshotR
 		return Image{}, err
 	}
 	defer release()
+	defer src.d.cuts.begin()()
 	op.about(m, Subject{Name: r.Name, Snapshot: true, Described: r.Described})
 	c := cutting{m: m, op: op, src: src, name: r.Name, inexact: r.Inexact, described: r.Described}
 	if err := c.intend(ctx, opSnapshot, ""); err != nil {

@@ -148,17 +148,14 @@ func Used(n, chunk int64) int64 {
 // chunks is how many chunks cover size bytes.
 func chunks(size, chunk int64) int64 { return (size + chunk - 1) / chunk }
 
-// Format makes an empty store over whatever the slab holds: an older store that
-// lay in the same space is gone before the new header is written. It may be
-// repeated. fault.Invalid: a chunk size that the kernel would not take.
+// Format makes an empty store over whatever the slab holds. Until it has returned the slab
+// may hold anything, also an older store that lay in the same space: nobody may take it for a
+// layer before. It may be repeated. fault.Invalid: a chunk size that the kernel would not take.
 func Format(f File, chunk int64) error {
 	if !allowed(chunk) {
 		return fault.New(fault.Invalid, "chunk size %d: powers of two from %d to %d are allowed", chunk, MinChunk, maxChunk)
 	}
 	if err := zero(f, 0, 2*chunk); err != nil { // the header and area 0
-		return failed("format", err)
-	}
-	if err := f.Sync(); err != nil {
 		return failed("format", err)
 	}
 	return writeHeader(f, Header{Chunk: chunk, Valid: true})
