@@ -126,6 +126,14 @@ func (d *Devices) startMerge(ctx context.Context, w *world, m host.Mapped, under
 	return d.reload(ctx, w, m, func() error { return d.usable(ctx, m) }, layered("snapshot-merge", t.under, t.store, t.chunk, m.Size))
 }
 
+func (d *Devices) leftOf(ctx context.Context, w *world, num string) (int64, error) {
+	m := w.number(num)
+	if m == nil {
+		return 0, fault.New(fault.Internal, "device %s is not known", num)
+	}
+	return d.left(ctx, *m)
+}
+
 // left is what a layer holds of its image, in bytes: of one that is merging, still.
 func (d *Devices) left(ctx context.Context, m host.Mapped) (int64, error) {
 	status, err := d.status(ctx, m)

@@ -193,7 +193,7 @@ func (d *Devices) continues(ctx context.Context, w *world, s step) error {
 		if l.store == "" {
 			continue // it was merged: its parent is next
 		}
-		left, err := d.left(ctx, *w.number(l.num))
+		left, err := d.leftOf(ctx, w, l.num)
 		if err != nil {
 			return fault.New(fault.KindOf(err), "slab %s: %w", l.slab.ID, err)
 		}
