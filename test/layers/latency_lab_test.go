@@ -42,12 +42,14 @@ func TestSnapshotLatencyOfAMountedVolume(t *testing.T) {
 		name string
 		size int64
 	}{{"1 GiB", gib}, {"100 GiB", 100 * gib}, {"1 TiB", 1024 * gib}} {
-		took, repeated := measure(t, r, strings.ReplaceAll(strings.ToLower(v.name), " ", ""), v.size, times)
-		slices.Sort(took)
-		at := func(p int) time.Duration {
-			return took[min(len(took)-1, len(took)*p/100)].Round(time.Millisecond)
-		}
-		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t\n", v.name, len(took), at(50), at(99), at(100), repeated)
+		t.Run(v.name, func(t *testing.T) {
+			took, repeated := measure(t, r, strings.ReplaceAll(strings.ToLower(v.name), " ", ""), v.size, times)
+			slices.Sort(took)
+			at := func(p int) time.Duration {
+				return took[min(len(took)-1, len(took)*p/100)].Round(time.Millisecond)
+			}
+			fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t\n", v.name, len(took), at(50), at(99), at(100), repeated)
+		})
 	}
 	if err := w.Flush(); err != nil {
 		t.Fatal(err)
