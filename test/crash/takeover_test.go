@@ -236,6 +236,8 @@ func overtake(t *testing.T, st storage, sc scenario, at int, after bool, what ta
 	before.check()
 	same(&newer, "the newer one, after the older was resumed,", list, false)
 
+	older.waitForMerges() // what it works on in the kernel nobody else can take down
+
 	third := newer
 	third.torn = false
 	third.process = third.launch()
