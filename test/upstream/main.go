@@ -83,7 +83,7 @@ func (o *outcome) add(pass string, r report) {
 
 var (
 	noise    = regexp.MustCompile(`^[Dd]river:? "?csi\.quarry\.dev"? ?|,? *-+ *[Ss]kipping\.?$`)
-	pattern  = regexp.MustCompile(`Skipping registration: \[Testpattern: (.*?)\] (.*) \[Driver: [^]]*\] - (.*)`)
+	pattern  = regexp.MustCompile(`Skipping registration: \[Testpattern: (.*?)\] (.*) \[Driver: csi\.quarry\.dev\] - (.*)`)
 	repeated = regexp.MustCompile(`\s+`)
 )
 
