@@ -97,7 +97,8 @@ func (empty) NodeUnpublishVolume(_ context.Context, r *csi.NodeUnpublishVolumeRe
 // emptyNode serves the driver to the kubelet of the node on which this process runs, until its standard input ends.
 func emptyNode(node string) error {
 	socket := "/var/lib/kubelet/plugins/" + emptyDriver + "/csi.sock"
-	if err := os.MkdirAll(filepath.Dir(socket), 0o750); err != nil {
+	// A run that was broken off may have left its socket.
+	if err := errors.Join(os.RemoveAll(filepath.Dir(socket)), os.MkdirAll(filepath.Dir(socket), 0o750)); err != nil {
 		return err
 	}
 	s, served, err := serve(socket, empty{node: node})
