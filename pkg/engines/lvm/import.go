@@ -133,10 +133,10 @@ func (e *lvmEngine) unfit(v lvm.Details) string {
 	}
 	thin := v.Pool != "" && slices.Contains(v.Layout, "thin")
 	switch {
+	case slices.Contains(v.Layout, "pool"): // its role is private, too
+		return "it is a pool"
 	case slices.Contains(v.Roles, "private"):
 		return "it is a part of another one, of LVM's own"
-	case slices.Contains(v.Layout, "pool"):
-		return "it is a pool"
 	case v.ReadOnly:
 		return fmt.Sprintf("it is read-only (lvchange --permission rw %s/%s)", e.name, v.Name)
 	case e.pool == "" && thin:

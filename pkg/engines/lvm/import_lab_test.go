@@ -22,6 +22,8 @@ func (g *group) foreign(t testing.TB, name string, content []byte) (device strin
 	if g.params["thinPool"] != "" {
 		args = []string{"-y", "--type", "thin", "-V", "4m", "--thinpool", "pool", "-n", name, g.name}
 	}
+	// Else udev makes it active by itself, some time after the group has changed.
+	g.lvm(t, "vgchange", "--setautoactivation", "n", g.name)
 	g.lvm(t, "lvcreate", args...)
 	device = "/dev/mapper/" + lvm.DeviceName(g.name, name)
 	f, err := os.OpenFile(device, os.O_RDWR, 0)
