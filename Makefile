@@ -61,8 +61,8 @@ lab: ## run the *_lab_test.go files in QEMU with a stock distribution kernel
 	hack/lab/selftest
 	hack/lab/gotest --time 36000
 
-e2e: ## a real Kubernetes on this machine: image, chart, Quarry's scenarios, the upstream suite; needs root
-	hack/e2e scenarios upstream
+e2e: ## a real Kubernetes on this machine: image, chart, Quarry's scenarios, the commands of docs/, the upstream suite; needs root
+	hack/e2e scenarios docs upstream
 
 generate: ## make the generated files again; leaves a clean tree clean
 	go generate ./...

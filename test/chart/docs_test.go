@@ -28,7 +28,7 @@ func blocks(t *testing.T, name string) []string {
 func TestTheExamplesOfINSTALLWork(t *testing.T) {
 	var objects, values int
 	for _, block := range blocks(t, "docs/INSTALL.md") {
-		if strings.HasPrefix(block, "domains:") {
+		if strings.HasPrefix(block, "# values.yaml\n") {
 			values++
 			r := mustRender(t, release{values: block})
 			if _, err := load(t, r, nil); err != nil {
