@@ -63,6 +63,7 @@ lab: ## run the *_lab_test.go files in QEMU with a stock distribution kernel
 
 e2e: ## a real Kubernetes on this machine: image, chart, Quarry's scenarios, the commands of docs/, the upstream suite; needs root
 	hack/e2e scenarios docs upstream
+	hack/e2e lab
 
 generate: ## make the generated files again; leaves a clean tree clean
 	go generate ./...

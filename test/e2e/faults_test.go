@@ -187,7 +187,25 @@ func TestAnAgentIsKilledAndReplacedUnderIO(t *testing.T) {
 		r.agentIsBack(r.nodes[0], old.UID)
 		r.counts("writer")
 	}
-	// An upgrade: the DaemonSet replaces every agent.
+	r.upgradeAgents()
+	at := r.counts("writer")
+	r.snapshot("s", "data")
+	r.stop("writer")
+	r.claim(claim{name: "restored", class: classXFS, size: "300Mi", from: fromSnapshot("s")})
+	r.start(pod{name: "reader", claims: []string{"data", "restored"}})
+	if n, err := r.count("reader"); err != nil || n < at {
+		r.Fatalf("the volume has %d (%v), and %d was durable", n, err, at)
+	}
+	var n int
+	fmt.Sscan(r.sh("reader", "cat /data1/n"), &n)
+	if n < at {
+		r.Fatalf("the snapshot has %d, and %d was durable before it", n, at)
+	}
+}
+
+// upgradeAgents has the DaemonSet replace every agent, as a new image would.
+func (r *rig) upgradeAgents() {
+	r.Helper()
 	old := must(r.agent(r.nodes[0]))(r)
 	patch := fmt.Sprintf(`{"spec":{"template":{"metadata":{"annotations":{"e2e/at":%q}}}}}`, time.Now().Format(time.RFC3339Nano))
 	sets := must(r.kube.AppsV1().DaemonSets(system).List(bg, metav1.ListOptions{LabelSelector: "app.kubernetes.io/component=node"}))(r)
@@ -202,19 +220,6 @@ func TestAnAgentIsKilledAndReplacedUnderIO(t *testing.T) {
 		return err == nil && rolledOut(d), err
 	})
 	r.agentIsBack(r.nodes[0], old.UID)
-	at := r.counts("writer")
-	r.snapshot("s", "data")
-	r.stop("writer")
-	r.claim(claim{name: "restored", class: classXFS, size: "300Mi", from: fromSnapshot("s")})
-	r.start(pod{name: "reader", claims: []string{"data", "restored"}})
-	if n, err := r.count("reader"); err != nil || n < at {
-		r.Fatalf("the volume has %d (%v), and %d was durable", n, err, at)
-	}
-	var n int
-	fmt.Sscan(r.sh("reader", "cat /data1/n"), &n)
-	if n < at {
-		r.Fatalf("the snapshot has %d, and %d was durable before it", n, at)
-	}
 }
 
 func rolledOut(d *appsv1.DaemonSet) bool {
@@ -299,6 +304,7 @@ func (r *rig) attach(pvName, node string) (*storagev1.VolumeAttachment, error) {
 // TestANodeThatIsCutOffKeepsItsVolume: it may still write, so no other node gets the volume, however hard one asks.
 func TestANodeThatIsCutOffKeepsItsVolume(t *testing.T) {
 	r := newRig(t)
+	r.twoNodes()
 	cut, other := r.nodes[1], r.nodes[0]
 	r.claim(claim{name: "data", class: classShared, size: "64Mi"})
 	r.start(counting("writer", cut, "data"))
@@ -353,6 +359,7 @@ func (r *rig) nodeIs(name string, want corev1.ConditionStatus) {
 // TestALostNodesVolumesMove once somebody has said that it is off, by the taint.
 func TestALostNodesVolumesMove(t *testing.T) {
 	r := newRig(t)
+	r.twoNodes()
 	lost, other := r.nodes[1], r.nodes[0]
 	r.claim(claim{name: "data", class: classShared, size: "64Mi"})
 	r.start(counting("writer", lost, "data"))
@@ -360,18 +367,7 @@ func TestALostNodesVolumesMove(t *testing.T) {
 	r.hack("stop", "node", lost)
 	defer func() {
 		r.taint(lost, false)
-		r.hack("start", "node", lost)
-		// As its fstab would, if later than that. Until then the domain is refused, since the directory is not
-		// what it was; the agent that has seen it so has to be replaced.
-		r.hack("exec", lost, "sh", "-ec", "mountpoint -q /var/lib/quarry/xfs || mount -o loop /var/lib/xfs.img /var/lib/quarry/xfs")
-		r.nodeIs(lost, corev1.ConditionTrue)
-		if a, err := r.agent(lost); err == nil {
-			r.must(r.kill(a.Name))
-		}
-		r.wait("the agent of "+lost, func() (bool, error) {
-			p, err := r.agent(lost)
-			return err == nil && isReady(p), err
-		})
+		r.powerOn(lost)
 	}()
 	r.nodeIs(lost, corev1.ConditionUnknown)
 	r.taint(lost, true)
@@ -380,6 +376,22 @@ func TestALostNodesVolumesMove(t *testing.T) {
 	if n, err := r.count("reader"); err != nil || n < at {
 		r.Fatalf("the volume has %d (%v), and %d was durable", n, err, at)
 	}
+}
+
+// powerOn starts a node that was off and waits for a working agent.
+func (r *rig) powerOn(node string) {
+	r.Helper()
+	r.hack("start", "node", node)
+	// As its fstab would, if later than that. Until then the domain is refused, since the directory is not
+	// what it was; the agent that has seen it so has to be replaced.
+	r.hack("exec", node, "sh", "-ec", "mountpoint -q /var/lib/quarry/xfs || mount -o loop /var/lib/xfs.img /var/lib/quarry/xfs")
+	r.nodeIs(node, corev1.ConditionTrue)
+	var old types.UID
+	if a, err := r.agent(node); err == nil {
+		old = a.UID
+		r.must(r.kill(a.Name))
+	}
+	r.agentIsBack(node, old)
 }
 
 func (r *rig) taint(node string, on bool) {

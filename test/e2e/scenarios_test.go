@@ -93,6 +93,7 @@ func TestRestoreIntoAnotherDomainAndClass(t *testing.T) {
 // TestASnapshotOfOneNodeIsRestoredOnAnother: the storage of a node is reached by no other node.
 func TestASnapshotOfOneNodeIsRestoredOnAnother(t *testing.T) {
 	r := newRig(t)
+	r.twoNodes()
 	r.claim(claim{name: "data", class: classLocal, size: "64Mi"})
 	r.start(pod{name: "writer", claims: []string{"data"}, node: r.nodes[0]})
 	sum := r.write("writer", "/data/file")
@@ -220,6 +221,7 @@ func TestARawBlockVolume(t *testing.T) {
 // TestManyNodesWriteOneDirectory: ReadWriteMany, and each pod sees what the others wrote.
 func TestManyNodesWriteOneDirectory(t *testing.T) {
 	r := newRig(t)
+	r.twoNodes()
 	r.claim(claim{name: "all", class: classDirectory, size: "64Mi", mode: corev1.ReadWriteMany})
 	for _, n := range r.nodes {
 		r.start(pod{name: "on-" + n, claims: []string{"all"}, node: n})
@@ -241,6 +243,7 @@ func TestManyReadOneSnapshot(t *testing.T) {
 		t.Run(class, func(t *testing.T) {
 			t.Parallel()
 			r := newRig(t)
+			r.twoNodes()
 			r.claim(claim{name: "data", class: class, size: "64Mi"})
 			r.start(pod{name: "writer", claims: []string{"data"}, node: r.nodes[0]})
 			sum := r.write("writer", "/data/file")
