@@ -8,6 +8,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -44,10 +45,14 @@ func TestALogicalVolumeIsImportedAndUsed(t *testing.T) {
 	}
 	command := []string{"import", "legacy", "--domain", "fast", "--source", "old", "--admin-endpoint", u.AdminEndpoint()}
 	kubectl := filepath.Join(programs, "kubectl-quarry")
-	if out, err := exec.Command(kubectl, command...).CombinedOutput(); err == nil || !strings.Contains(string(out), "in use") {
-		t.Fatalf("of a volume that is mounted: %v\n%s", err, out)
+	mounted, err := exec.Command(kubectl, command...).CombinedOutput()
+	for end := time.Now().Add(5 * time.Minute); strings.Contains(string(mounted), "is being opened") && time.Now().Before(end); time.Sleep(time.Second) {
+		mounted, err = exec.Command(kubectl, command...).CombinedOutput()
 	}
 	run("umount", point)
+	if err == nil || !strings.Contains(string(mounted), "in use") {
+		t.Fatalf("of a volume that is mounted: %v\n%s", err, mounted)
+	}
 	out := run(kubectl, append(command, "--dry-run")...)
 	if !strings.Contains(out, "64Mi with ext4. Nothing was changed.") {
 		t.Fatalf("a dry run: %s", out)

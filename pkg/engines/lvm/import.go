@@ -128,8 +128,8 @@ func (e *lvmEngine) source(ctx context.Context, name string) (lvm.Details, *host
 // unfit says why a volume cannot be a slab; "": it can. What can is what CreateSlab makes, linear or thin as the
 // domain's other slabs, or striped: what is measured, promised, cut and grown goes by that.
 func (e *lvmEngine) unfit(v lvm.Details) string {
-	with := func(words []string, allowed ...string) bool {
-		return !slices.ContainsFunc(words, func(w string) bool { return !slices.Contains(allowed, w) })
+	other := func(words []string, allowed ...string) bool {
+		return slices.ContainsFunc(words, func(w string) bool { return !slices.Contains(allowed, w) })
 	}
 	thin := v.Pool != "" && slices.Contains(v.Layout, "thin")
 	switch {
@@ -145,11 +145,11 @@ func (e *lvmEngine) unfit(v lvm.Details) string {
 		return fmt.Sprintf("it is no thin volume (its layout is %s), and the slabs of this domain are thin: a domain without parameter \"thinPool\" takes linear and striped ones", strings.Join(v.Layout, ","))
 	case e.pool != "" && v.Pool != e.pool:
 		return fmt.Sprintf("it is in thin pool %s, and the slabs of this domain are in %s", v.Pool, e.pool)
-	case e.pool == "" && !(with(v.Layout, "linear", "striped") && with(v.Segments, "linear", "striped")),
-		e.pool != "" && !(with(v.Layout, "thin", "sparse") && with(v.Segments, "thin")):
+	case e.pool == "" && (other(v.Layout, "linear", "striped") || other(v.Segments, "linear", "striped")),
+		e.pool != "" && (other(v.Layout, "thin", "sparse") || other(v.Segments, "thin")):
 		return fmt.Sprintf("its layout is %s, with segments of type %s: linear, striped and thin ones are taken", strings.Join(v.Layout, ","), strings.Join(slices.Compact(slices.Sorted(slices.Values(v.Segments))), ","))
-	case e.pool == "" && !with(v.Roles, "public"),
-		e.pool != "" && !with(v.Roles, "public", "origin", "thinorigin", "multithinorigin", "snapshot", "thinsnapshot"):
+	case e.pool == "" && other(v.Roles, "public"),
+		e.pool != "" && other(v.Roles, "public", "origin", "thinorigin", "multithinorigin", "snapshot", "thinsnapshot"):
 		return fmt.Sprintf("it is a snapshot, or others depend on it (its roles are %s): merge or remove those first", strings.Join(v.Roles, ","))
 	case v.Size%e.extent != 0:
 		return fmt.Sprintf("it has %d bytes: a multiple of %d is needed (lvextend)", v.Size, e.extent)
