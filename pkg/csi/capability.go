@@ -40,6 +40,9 @@ func access(field string, c *csi.VolumeCapability) (image.Access, error) {
 		if a.Filesystem != "" && !slices.Contains(image.Filesystems(), a.Filesystem) {
 			return a, fault.New(fault.Invalid, "%s.mount.fs_type %q is unknown: known are %s, and none for the default", field, a.Filesystem, strings.Join(image.Filesystems(), ", "))
 		}
+		if g := c.GetMount().GetVolumeMountGroup(); g != "" {
+			return a, fault.New(fault.Invalid, "%s.mount.volume_mount_group %q: none is allowed, as VOLUME_MOUNT_GROUP is not declared", field, g)
+		}
 		if n := len(strings.Join(c.GetMount().GetMountFlags(), ",")); n > maxMap {
 			return a, fault.New(fault.Invalid, "%s.mount.mount_flags has %d bytes: at most %d are allowed", field, n, maxMap)
 		}

@@ -240,6 +240,7 @@ func TestBadCapabilitiesAreRefused(t *testing.T) {
 		"unknown filesystem":  {mount("ntfs", writer)},
 		"filesystem in caps":  {mount("EXT4", writer)},
 		"second one is bad":   {mount("", writer), mount("zfs", writer)},
+		"a mount group":       {{AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{VolumeMountGroup: "1000"}}, AccessMode: mount("", writer).AccessMode}},
 		"too many mount flag": {{AccessType: &csi.VolumeCapability_Mount{Mount: &csi.VolumeCapability_MountVolume{MountFlags: []string{strings.Repeat("x", 4097)}}}, AccessMode: mount("", writer).AccessMode}},
 	} {
 		req := create()

@@ -28,7 +28,6 @@ func (s *Server) NodeGetCapabilities(context.Context, *csi.NodeGetCapabilitiesRe
 		csi.NodeServiceCapability_RPC_GET_VOLUME_STATS,
 		csi.NodeServiceCapability_RPC_EXPAND_VOLUME,
 		csi.NodeServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
-		csi.NodeServiceCapability_RPC_VOLUME_MOUNT_GROUP,
 		csi.NodeServiceCapability_RPC_GET_VOLUME_HEALTH,
 		csi.NodeServiceCapability_RPC_GET_STORAGE_HEALTH,
 	} {
@@ -63,9 +62,8 @@ func (s *Server) NodeStageVolume(ctx context.Context, req *csi.NodeStageVolumeRe
 	}
 	if err := s.cfg.Node.Stage(ctx, node.StageRequest{
 		Handle: h, Generation: gen, StagingPath: staging, Access: a,
-		MountFlags:       req.GetVolumeCapability().GetMount().GetMountFlags(),
-		VolumeMountGroup: req.GetVolumeCapability().GetMount().GetVolumeMountGroup(),
-		Passphrase:       node.Passphrase(req.GetSecrets()[node.PassphraseKey]),
+		MountFlags: req.GetVolumeCapability().GetMount().GetMountFlags(),
+		Passphrase: node.Passphrase(req.GetSecrets()[node.PassphraseKey]),
 	}); err != nil {
 		return nil, err
 	}

@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/block"
@@ -20,7 +19,7 @@ const defaultFilesystem = host.Ext4
 
 // stageFilesystem mounts an image's device at the staging path; the image's
 // lock is held.
-func (n *Node) stageFilesystem(ctx context.Context, r StageRequest, st image.Staging, dev block.Device, readOnly bool, group int) error {
+func (n *Node) stageFilesystem(ctx context.Context, r StageRequest, st image.Staging, dev block.Device, readOnly bool) error {
 	fsType, err := chooseFilesystem(r.Access.Filesystem, st, readOnly)
 	if err != nil {
 		return err
@@ -44,12 +43,7 @@ func (n *Node) stageFilesystem(ctx context.Context, r StageRequest, st image.Sta
 	// What cannot grow in use grew before it was mounted, or waits for the next
 	// time it is: a repeated call must not fail for that.
 	if n.host.GrowsOnline(fsType) {
-		if err := n.fill(ctx, r.Handle, dev, fsType, r.StagingPath); err != nil {
-			return err
-		}
-	}
-	if group >= 0 {
-		return giveToGroup(r.StagingPath, group)
+		return n.fill(ctx, r.Handle, dev, fsType, r.StagingPath)
 	}
 	return nil
 }
@@ -194,11 +188,6 @@ func (n *Node) room(ctx context.Context, h image.Handle, dev block.Device, fsTyp
 	}
 	klog.FromContext(ctx).Info("Growing a filesystem to its device", "image", h, "filesystem", fsType, "from", sb.Size, "to", dev.Size)
 	return true, nil
-}
-
-func hasGroup(path string, gid int) bool {
-	var st unix.Stat_t
-	return unix.Lstat(path, &st) == nil && int(st.Gid) == gid
 }
 
 // formatNeeds is what a format writes at least, in bytes: the log of the smallest

@@ -1,11 +1,7 @@
 package node
 
 import (
-	"errors"
-	"io/fs"
-	"os"
 	"slices"
-	"strconv"
 	"strings"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -36,68 +32,6 @@ func checkFlags(flags []string, block bool) error {
 		case slices.Contains(refusedFlags[:], name) || strings.HasPrefix(name, "x-"):
 			return fault.New(fault.Invalid, "mount flag %q is not allowed for a volume: Quarry decides what is mounted where", shown)
 		}
-	}
-	return nil
-}
-
-// parseGroup reads a volume mount group; -1 for none.
-func parseGroup(s string) (int, error) {
-	if s == "" {
-		return -1, nil
-	}
-	g, err := strconv.ParseUint(s, 10, 31)
-	if err != nil {
-		return -1, fault.New(fault.Invalid, "volume mount group %q: a number from 0 to %d is needed", s, 1<<31-1)
-	}
-	return int(g), nil
-}
-
-// giveToGroup lets a group read and write everything below root, as the kubelet
-// does for fsGroup. When the root has the group already, so has the rest: the
-// root is changed last.
-func giveToGroup(root string, gid int) error {
-	fi, err := os.Lstat(root)
-	if err != nil {
-		return fault.New(fault.Unavailable, "volume mount group %d: %w", gid, err)
-	}
-	if hasGroup(root, gid) && fi.Mode()&fs.ModeSetgid != 0 && fi.Mode().Perm()&0o070 == 0o070 {
-		return nil
-	}
-	dir, err := os.OpenRoot(root) // what others do inside meanwhile leads nowhere else
-	if err != nil {
-		return fault.New(fault.Unavailable, "volume mount group %d: %w", gid, err)
-	}
-	defer dir.Close()
-	give := func(path string, fi fs.FileInfo) error {
-		if err := dir.Lchown(path, -1, gid); err != nil {
-			return err
-		}
-		mode := fi.Mode()
-		switch {
-		case mode.IsDir():
-			return dir.Chmod(path, mode.Perm()|0o770|fs.ModeSetgid|mode&fs.ModeSticky)
-		case mode.IsRegular():
-			return dir.Chmod(path, mode.Perm()|0o660|mode&(fs.ModeSetuid|fs.ModeSetgid|fs.ModeSticky))
-		}
-		return nil
-	}
-	err = fs.WalkDir(dir.FS(), ".", func(path string, d fs.DirEntry, err error) error {
-		if err == nil && path != "." {
-			var fi fs.FileInfo
-			if fi, err = d.Info(); err == nil {
-				err = give(path, fi)
-			}
-		}
-		if path != "." && errors.Is(err, fs.ErrNotExist) { // removed meanwhile
-			return nil
-		}
-		return err
-	})
-	if err == nil {
-		err = give(".", fi)
-	}
-	if err != nil {
-		return fault.New(fault.Unavailable, "volume mount group %d: %w", gid, err)
 	}
 	return nil
 }

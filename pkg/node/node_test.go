@@ -579,26 +579,6 @@ func TestConcurrentCallsForManyImages(t *testing.T) {
 	each(func(h image.Handle) error { return w.node.Unstage(bg, h, w.path("staging-"+h.Image)) })
 }
 
-func TestGroupGetsTheFiles(t *testing.T) {
-	w := newWorld(t)
-	h := w.volume("v", 16<<20)
-	r := w.request(h, host.Ext4)
-	r.VolumeMountGroup = "x"
-	w.fails(w.node.Stage(bg, r), fault.Invalid, `"x"`)
-	r.VolumeMountGroup = ""
-	w.ok(w.node.Stage(bg, r))
-	w.write(filepath.Join(r.StagingPath, "f"), "x")
-	r.VolumeMountGroup = "4711"
-	w.ok(w.node.Stage(bg, r))
-	for _, p := range []string{"", "f"} {
-		fi, err := w.node.host.Stat(bg, filepath.Join(r.StagingPath, p))
-		w.ok(err)
-		if fi.GID != 4711 || fi.Mode.Perm()&0o060 != 0o060 {
-			t.Fatalf("%q: group %d, mode %s", p, fi.GID, fi.Mode)
-		}
-	}
-}
-
 func TestKubeletFolderMayBeALink(t *testing.T) {
 	w := newWorld(t)
 	h := w.volume("v", 16<<20)

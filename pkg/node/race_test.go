@@ -52,22 +52,6 @@ func TestAnImageThatIsJustBeingStagedIsNotSaidToBeUnstaged(t *testing.T) {
 	}
 }
 
-// A staging that was cut short between the bind mount and the group's turn
-// is completed by the next one.
-func TestADirectoryStagedAgainStillGoesToItsGroup(t *testing.T) {
-	w := newWorld(t)
-	h := w.handle("tree")
-	w.ok(os.Mkdir(w.path("tree"), 0o755))
-	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: testSize, Slabs: []image.SlabRef{{ID: "tree"}}})
-	r := w.request(h, "")
-	w.ok(w.node.Stage(bg, r))
-	r.VolumeMountGroup = "4242"
-	w.ok(w.node.Stage(bg, r))
-	if !hasGroup(w.path("tree"), 4242) {
-		t.Fatal("the directory is staged, and its group cannot write it")
-	}
-}
-
 // A final error code makes the kubelet forget the volume: no unstaging would come.
 func TestAStagingThatFailsAfterTheMountLeavesNothingOrSaysSo(t *testing.T) {
 	w := newWorld(t)
@@ -121,40 +105,6 @@ func TestFreezingNeverReachesAnotherFilesystem(t *testing.T) {
 		w.ok(f.Thaw())
 	}
 	w.fails(err, fault.Conflict, "not a mount point")
-}
-
-// A directory may be in use on other nodes while it is given to a group here:
-// whoever writes it must not lead the agent to the host's own files.
-func TestGivingToAGroupNeverLeavesTheVolume(t *testing.T) {
-	w := newWorld(t)
-	root, outside := w.path("tree"), w.path("outside")
-	w.ok(os.Mkdir(root, 0o755))
-	w.ok(os.WriteFile(outside, nil, 0o600))
-	x, y := filepath.Join(root, "x"), filepath.Join(root, "y")
-	w.ok(os.WriteFile(x, nil, 0o600))
-	w.ok(os.Symlink(outside, y))
-	stop, stopped := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(stopped)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				_ = unix.Renameat2(unix.AT_FDCWD, x, unix.AT_FDCWD, y, unix.RENAME_EXCHANGE)
-			}
-		}
-	}()
-	for range 3000 {
-		w.ok(os.Chmod(root, 0o755))
-		_ = giveToGroup(root, 4242) // may well fail, and is asked again
-		if fi, err := os.Stat(outside); err != nil || fi.Mode().Perm() != 0o600 {
-			t.Errorf("a file outside the volume became %v (%v)", fi.Mode(), err)
-			break
-		}
-	}
-	close(stop)
-	<-stopped
 }
 
 // Mount flags may hold passwords (CSI): errors are logged, and name them only.

@@ -26,8 +26,6 @@ type StageRequest struct {
 	Access      image.Access
 	// MountFlags are options of mount(8) that the class asks for.
 	MountFlags []string
-	// VolumeMountGroup is a numeric group that gets the files; "" for none.
-	VolumeMountGroup string
 	// Generation is that of the attachment.
 	Generation int64
 	// Passphrase opens an encrypted image; others ignore it.
@@ -60,16 +58,12 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 	if err := checkFlags(r.MountFlags, r.Access.Block); err != nil {
 		return err
 	}
-	group, err := parseGroup(r.VolumeMountGroup)
-	if err != nil {
-		return err
-	}
 	unlock, err := n.lock(ctx, r.Handle)
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	err = n.build(ctx, r, group)
+	err = n.build(ctx, r)
 	if err == nil || !final(err) {
 		return err
 	}
@@ -80,7 +74,7 @@ func (n *Node) stage(ctx context.Context, r StageRequest) error {
 }
 
 // build does the work of stage; the image's lock is held.
-func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
+func (n *Node) build(ctx context.Context, r StageRequest) error {
 	st, err := n.cfg.Manager.Stage(ctx, r.Handle, n.cfg.NodeID, r.Generation)
 	if err != nil {
 		return err
@@ -94,7 +88,7 @@ func (n *Node) build(ctx context.Context, r StageRequest, group int) error {
 	n.mu.Lock()
 	n.slabs[r.Handle] = st.Slabs
 	n.mu.Unlock()
-	if err := n.assemble(ctx, r, st, readOnly, group); err != nil {
+	if err := n.assemble(ctx, r, st, readOnly); err != nil {
 		return n.giveUp(ctx, r.Handle, err)
 	}
 	return nil
@@ -109,7 +103,7 @@ func (n *Node) built(ctx context.Context, h image.Handle, told int64) {
 }
 
 // assemble attaches the slabs and puts together what is used of them.
-func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, readOnly bool, group int) error {
+func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, readOnly bool) error {
 	if err := n.endReads(ctx, st); err != nil {
 		return err
 	}
@@ -119,7 +113,7 @@ func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, r
 	}
 	defer release()
 	if st.Layout == image.LayoutDirectory {
-		return n.stageTree(ctx, r, slabs[0].Path, readOnly, group)
+		return n.stageTree(ctx, r, slabs[0].Path, readOnly)
 	}
 	use := block.Filesystem
 	if r.Access.Block {
@@ -135,7 +129,7 @@ func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, r
 	if use == block.Raw {
 		return n.sealHeader(ctx, r, st)
 	}
-	return n.stageFilesystem(ctx, r, st, dev, readOnly, group)
+	return n.stageFilesystem(ctx, r, st, dev, readOnly)
 }
 
 // giveUp takes down what a failed staging made and nobody uses: its device and
@@ -213,7 +207,7 @@ func fits(r StageRequest, st image.Staging) error {
 }
 
 // stageTree binds a directory slab over an anchor that names the image.
-func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOnly bool, group int) error {
+func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOnly bool) error {
 	var attr host.MountAttr
 	for _, f := range r.MountFlags {
 		a, ok := host.ParseMountAttr(f)
@@ -248,19 +242,9 @@ func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOn
 		if asked := attr&host.ReadOnly != 0; top.ReadOnly() != asked && !slices.Contains(top.Super, "ro") {
 			return fault.New(fault.Exists, "the image is staged at %q with read-only=%t, and read-only=%t was asked for: unstage it first", r.StagingPath, top.ReadOnly(), asked)
 		}
-		return treeToGroup(r.StagingPath, group, attr)
-	}
-	if err := n.host.Bind(ctx, dir, r.StagingPath, attr); err != nil {
-		return err
-	}
-	return treeToGroup(r.StagingPath, group, attr)
-}
-
-func treeToGroup(path string, group int, attr host.MountAttr) error {
-	if group < 0 || attr&host.ReadOnly != 0 {
 		return nil
 	}
-	return giveToGroup(path, group)
+	return n.host.Bind(ctx, dir, r.StagingPath, attr)
 }
 
 // free refuses a staging path on which something else is mounted.

@@ -166,20 +166,11 @@ func (e *dirEngine) SlabUsage(ctx context.Context, id string) (engine.Usage, err
 type hook struct{ e *dirEngine }
 
 // Create implements posix.Trees.
-func (h hook) Create(wrapper *os.File, size int64) error {
-	create := posix.MakeData
+func (h hook) Create(wrapper *os.File) error {
 	if h.e.subvolume {
-		create = func(wrapper *os.File) error {
-			if err := createSubvolume(wrapper, "data"); err != nil {
-				return err
-			}
-			return posix.InitData(wrapper)
-		}
+		return createSubvolume(wrapper, "data")
 	}
-	if err := create(wrapper); err != nil {
-		return err
-	}
-	return h.e.limit(wrapper, size)
+	return posix.MakeData(wrapper)
 }
 
 // Resize implements posix.Trees.

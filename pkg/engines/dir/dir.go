@@ -53,6 +53,7 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 		MaxSlabSize: maxSlabSize(&st),
 		ZeroedSpace: true,
 		Location:    fmt.Sprintf("%s (%s)", path, fsName(&st)),
+		Params:      posix.SlabParams(),
 	}
 	if err := e.Clean(ctx); errors.Is(err, fault.Exhausted) || ctx.Err() != nil {
 		// A full disk is no reason to stay away: deleting must be possible.
@@ -113,7 +114,7 @@ type dirEngine struct {
 // Describe implements engine.Engine.
 func (e *dirEngine) Describe(context.Context) (engine.Description, error) {
 	desc := e.desc
-	desc.Kinds, desc.Notes = slices.Clone(desc.Kinds), slices.Clone(desc.Notes)
+	desc.Kinds, desc.Notes, desc.Params = slices.Clone(desc.Kinds), slices.Clone(desc.Notes), maps.Clone(desc.Params)
 	return desc, nil
 }
 

@@ -48,9 +48,9 @@ const (
 // better than plain directories (subvolumes, quotas) brings its own. wrapper is
 // the slab's open folder.
 type Trees interface {
-	// Create makes wrapper/data, limited to size bytes where the storage can.
-	Create(wrapper *os.File, size int64) error
-	// Resize sets the limit of wrapper/data.
+	// Create makes wrapper/data, without a limit yet.
+	Create(wrapper *os.File) error
+	// Resize limits wrapper/data to size bytes where the storage can.
 	Resize(wrapper *os.File, size int64) error
 	// Remove removes wrapper/data faster than file by file, if it can: what it
 	// leaves is removed file by file.

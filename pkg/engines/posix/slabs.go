@@ -10,6 +10,7 @@ import (
 	"math"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -21,10 +22,26 @@ import (
 // Granularity of block slabs in bytes.
 const Granularity = 4096
 
+const paramMode = "mode"
+
+// SlabParams are the class parameters that slabs here take, for
+// engine.Description.Params.
+func SlabParams() map[string]string {
+	return map[string]string{paramMode: "mode of a new directory volume's root, in octal (default: 0755): 0777 lets containers write whose user is not root"}
+}
+
 // CreateSlab implements engine.Engine.
 func (d *Directory) CreateSlab(ctx context.Context, spec engine.SlabSpec) error {
 	if spec.Kind == engine.Tree {
-		return d.MakeTree(ctx, spec, func(wrapper *os.File) error { return d.trees.Create(wrapper, spec.Size) })
+		return d.MakeTree(ctx, spec, func(wrapper *os.File) error {
+			if err := d.trees.Create(wrapper); err != nil {
+				return err
+			}
+			if err := initData(wrapper, spec); err != nil { // before there is a limit that could be in its way
+				return err
+			}
+			return d.trees.Resize(wrapper, spec.Size)
+		})
 	}
 	return d.MakeBlock(ctx, spec, func(*os.File) error { return nil })
 }
@@ -128,10 +145,16 @@ func check(ctx context.Context, spec engine.SlabSpec) (int64, error) {
 		return 0, err
 	}
 	for name := range spec.Params {
-		return 0, fault.New(fault.Invalid, "slab %q: parameter %q is unknown: none is allowed", spec.ID, name)
+		if name != paramMode {
+			return 0, fault.New(fault.Invalid, "slab %q: parameter %q is unknown: only %q is allowed", spec.ID, name, paramMode)
+		}
 	}
+	_, modeErr := modeOf(spec)
 	if spec.Kind == engine.Tree {
-		return spec.Size, nil
+		return spec.Size, modeErr
+	}
+	if _, ok := spec.Params[paramMode]; ok {
+		return 0, fault.New(fault.Invalid, "slab %q: parameter %q: only a directory has one, and this is a slab of kind %s", spec.ID, paramMode, spec.Kind)
 	}
 	return round(spec.Size)
 }
@@ -389,22 +412,43 @@ func readSpec(wrapper *os.File) (int64, error) {
 // plain makes tree slabs as plain directories without a limit.
 type plain struct{}
 
-func (plain) Create(wrapper *os.File, _ int64) error { return MakeData(wrapper) }
-func (plain) Resize(*os.File, int64) error           { return nil }
-func (plain) Remove(*os.File)                        {}
+func (plain) Create(wrapper *os.File) error { return MakeData(wrapper) }
+func (plain) Resize(*os.File, int64) error  { return nil }
+func (plain) Remove(*os.File)               {}
 
-// MakeData makes the plain data directory of a tree slab, durable once its
-// folder is.
+// MakeData makes the plain data directory of a tree slab; its mode comes after it.
 func MakeData(wrapper *os.File) error {
 	if err := unix.Mkdirat(int(wrapper.Fd()), "data", 0o755); err != nil {
 		return &os.PathError{Op: "mkdir", Path: filepath.Join(wrapper.Name(), "data"), Err: err}
 	}
-	return InitData(wrapper)
+	return nil
 }
 
-// InitData gives a new data directory its mode, whatever the umask, durably.
-func InitData(wrapper *os.File) error {
-	return OpenData(wrapper, func(data *os.File) error { return errors.Join(data.Chmod(0o755), data.Sync()) })
+// initData gives a new data directory its mode, whatever the umask, durably.
+func initData(wrapper *os.File, spec engine.SlabSpec) error {
+	mode, err := modeOf(spec)
+	if err != nil {
+		return err
+	}
+	return OpenData(wrapper, func(data *os.File) error {
+		if err := unix.Fchmod(int(data.Fd()), mode); err != nil { // os.Chmod takes its special bits elsewhere
+			return &os.PathError{Op: "chmod", Path: data.Name(), Err: err}
+		}
+		return data.Sync()
+	})
+}
+
+// modeOf is the mode that a new tree slab gets.
+func modeOf(spec engine.SlabSpec) (uint32, error) {
+	s, ok := spec.Params[paramMode]
+	if !ok {
+		return 0o755, nil
+	}
+	mode, err := strconv.ParseUint(s, 8, 12)
+	if err != nil || len(s) < 3 || len(s) > 4 {
+		return 0, fault.New(fault.Invalid, "parameter %q: %q must be three or four octal digits, as in \"0777\" or \"2770\"", paramMode, s)
+	}
+	return uint32(mode), nil
 }
 
 // OpenData opens the data directory in a tree slab's folder for do.
