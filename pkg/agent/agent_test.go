@@ -178,6 +178,31 @@ func TestImagesOnNodes(t *testing.T) {
 	}
 }
 
+// What the nodes lack is known before a volume is made, not when a pod waits for it.
+func TestAnEncryptedVolumeIsRefusedWhereNoNodeOpensIt(t *testing.T) {
+	r := newRig(t)
+	one := r.agent("n1")
+	r.open("a", "")
+	create := func() error {
+		_, err := r.manager.CreateVolume(r.ctx, image.CreateRequest{Name: "v", Domains: []string{"a"}, Accesses: []image.Access{writer()}, Size: 64 << 20, Encrypted: true})
+		return err
+	}
+	lacks := one.node.Encrypts(r.ctx)
+	n, err := r.hub.Agent("n1")
+	r.must(err)
+	if got := n.(image.Encrypter).Encrypts(r.ctx); fault.KindOf(got) != fault.KindOf(lacks) || (got == nil) != (lacks == nil) {
+		t.Fatalf("the node says %v, and over the link it says %v", lacks, got)
+	}
+	if lacks == nil {
+		r.must(create())
+		return
+	}
+	r.is(create(), fault.Invalid)
+	if err := create(); !strings.Contains(err.Error(), "node n1: ") || !strings.Contains(err.Error(), "encrypted") {
+		t.Errorf("it is refused without saying why: %v", err)
+	}
+}
+
 // TestAnotherNodeTakesOver: a shared domain is reached through any of its nodes, one of a
 // node through that alone.
 func TestAnotherNodeTakesOver(t *testing.T) {

@@ -89,9 +89,15 @@ func NewLink(cfg LinkConfig) (*Link, error) {
 // Pauses before the next attempt to connect.
 const retryFirst, retryLast = 200 * time.Millisecond, 5 * time.Second
 
+// Node is what the agent's own node does.
+type Node interface {
+	image.ChainAgent
+	image.Encrypter
+}
+
 // Run connects until ctx ends, and serves what work and nodeAgent do. Domains stay open
 // between connections.
-func (l *Link) Run(ctx context.Context, nodeAgent image.ChainAgent, work Work) error {
+func (l *Link) Run(ctx context.Context, nodeAgent Node, work Work) error {
 	log := klog.FromContext(ctx)
 	for pause := retryFirst; ; pause = min(2*pause, retryLast) {
 		began := time.Now()
@@ -116,7 +122,7 @@ func (l *Link) Run(ctx context.Context, nodeAgent image.ChainAgent, work Work) e
 }
 
 // connect makes one connection and serves it to its end.
-func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work Work) error {
+func (l *Link) connect(ctx context.Context, nodeAgent Node, work Work) error {
 	conn, err := l.cfg.Dial(ctx)
 	if err != nil {
 		return fault.Wrap(fault.Unavailable, err)
@@ -142,9 +148,9 @@ func (l *Link) connect(ctx context.Context, nodeAgent image.ChainAgent, work Wor
 		l.session = nil
 		l.mu.Unlock()
 	}()
-	services := map[string]*grpc.Server{agentService: l.gate.server(func(method string) bool { // these say in another way whose they are
-		return method == agentpb.Agent_Adopt_FullMethodName || method == agentpb.Agent_Release_FullMethodName
-	})}
+	// These say in another way whose they are, or are about no domain.
+	bare := []string{agentpb.Agent_Adopt_FullMethodName, agentpb.Agent_Release_FullMethodName, agentpb.Agent_Encrypts_FullMethodName}
+	services := map[string]*grpc.Server{agentService: l.gate.server(func(method string) bool { return slices.Contains(bare, method) })}
 	agentpb.RegisterAgentServer(services[agentService], &service{link: l, node: nodeAgent, work: work})
 	for kind, e := range l.engines {
 		g := l.gate.server(func(string) bool { return true }) // what opens a domain

@@ -9,7 +9,10 @@ import (
 	"github.com/quarry-csi/quarry/pkg/image"
 )
 
-var _ image.ChainAgent = (*peer)(nil)
+var (
+	_ image.ChainAgent = (*peer)(nil)
+	_ image.Encrypter  = (*peer)(nil)
+)
 
 // Freeze implements image.Agent.
 func (p *peer) Freeze(ctx context.Context, h image.Handle, limit time.Duration) (image.Frozen, error) {
@@ -48,6 +51,12 @@ func (p *peer) Layers(ctx context.Context, h image.Handle) error {
 		return err
 	}
 	_, err = p.rpc.Layers(ctx, &agentpb.ImageRequest{Handle: toHandle(h)})
+	return rpcfault.FromStatus(err)
+}
+
+// Encrypts implements image.Encrypter.
+func (p *peer) Encrypts(ctx context.Context) error {
+	_, err := p.rpc.Encrypts(ctx, &agentpb.EncryptsRequest{})
 	return rpcfault.FromStatus(err)
 }
 

@@ -19,7 +19,7 @@ import (
 type service struct {
 	agentpb.UnimplementedAgentServer
 	link *Link
-	node image.ChainAgent
+	node Node
 	work Work
 }
 
@@ -65,6 +65,10 @@ func (s *service) Staged(ctx context.Context, r *agentpb.ImageRequest) (*agentpb
 
 func (s *service) Layers(ctx context.Context, r *agentpb.ImageRequest) (*agentpb.LayersResponse, error) {
 	return &agentpb.LayersResponse{}, s.node.Layers(ctx, fromHandle(r.GetHandle()))
+}
+
+func (s *service) Encrypts(ctx context.Context, _ *agentpb.EncryptsRequest) (*agentpb.EncryptsResponse, error) {
+	return &agentpb.EncryptsResponse{}, s.node.Encrypts(ctx)
 }
 
 func (s *service) Switch(ctx context.Context, r *agentpb.SwitchRequest) (*agentpb.SwitchResponse, error) {

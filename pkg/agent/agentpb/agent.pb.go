@@ -1406,6 +1406,78 @@ func (*LayersResponse) Descriptor() ([]byte, []int) {
 	return file_agent_proto_rawDescGZIP(), []int{25}
 }
 
+type EncryptsRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EncryptsRequest) Reset() {
+	*x = EncryptsRequest{}
+	mi := &file_agent_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EncryptsRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EncryptsRequest) ProtoMessage() {}
+
+func (x *EncryptsRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EncryptsRequest.ProtoReflect.Descriptor instead.
+func (*EncryptsRequest) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{26}
+}
+
+type EncryptsResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *EncryptsResponse) Reset() {
+	*x = EncryptsResponse{}
+	mi := &file_agent_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *EncryptsResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*EncryptsResponse) ProtoMessage() {}
+
+func (x *EncryptsResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_agent_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use EncryptsResponse.ProtoReflect.Descriptor instead.
+func (*EncryptsResponse) Descriptor() ([]byte, []int) {
+	return file_agent_proto_rawDescGZIP(), []int{27}
+}
+
 type SwitchRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Images        []*Staging             `protobuf:"bytes,1,rep,name=images,proto3" json:"images,omitempty"`
@@ -1416,7 +1488,7 @@ type SwitchRequest struct {
 
 func (x *SwitchRequest) Reset() {
 	*x = SwitchRequest{}
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1428,7 +1500,7 @@ func (x *SwitchRequest) String() string {
 func (*SwitchRequest) ProtoMessage() {}
 
 func (x *SwitchRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[26]
+	mi := &file_agent_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1441,7 +1513,7 @@ func (x *SwitchRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwitchRequest.ProtoReflect.Descriptor instead.
 func (*SwitchRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{26}
+	return file_agent_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *SwitchRequest) GetImages() []*Staging {
@@ -1466,7 +1538,7 @@ type SwitchResponse struct {
 
 func (x *SwitchResponse) Reset() {
 	*x = SwitchResponse{}
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1478,7 +1550,7 @@ func (x *SwitchResponse) String() string {
 func (*SwitchResponse) ProtoMessage() {}
 
 func (x *SwitchResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[27]
+	mi := &file_agent_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1491,7 +1563,7 @@ func (x *SwitchResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SwitchResponse.ProtoReflect.Descriptor instead.
 func (*SwitchResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{27}
+	return file_agent_proto_rawDescGZIP(), []int{29}
 }
 
 type PrepareResponse struct {
@@ -1503,7 +1575,7 @@ type PrepareResponse struct {
 
 func (x *PrepareResponse) Reset() {
 	*x = PrepareResponse{}
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1515,7 +1587,7 @@ func (x *PrepareResponse) String() string {
 func (*PrepareResponse) ProtoMessage() {}
 
 func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[28]
+	mi := &file_agent_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1528,7 +1600,7 @@ func (x *PrepareResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PrepareResponse.ProtoReflect.Descriptor instead.
 func (*PrepareResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{28}
+	return file_agent_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *PrepareResponse) GetPrepared() string {
@@ -1546,7 +1618,7 @@ type HoldResponse struct {
 
 func (x *HoldResponse) Reset() {
 	*x = HoldResponse{}
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1558,7 +1630,7 @@ func (x *HoldResponse) String() string {
 func (*HoldResponse) ProtoMessage() {}
 
 func (x *HoldResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[29]
+	mi := &file_agent_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1571,7 +1643,7 @@ func (x *HoldResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use HoldResponse.ProtoReflect.Descriptor instead.
 func (*HoldResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{29}
+	return file_agent_proto_rawDescGZIP(), []int{31}
 }
 
 type ReleaseRequest struct {
@@ -1583,7 +1655,7 @@ type ReleaseRequest struct {
 
 func (x *ReleaseRequest) Reset() {
 	*x = ReleaseRequest{}
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1595,7 +1667,7 @@ func (x *ReleaseRequest) String() string {
 func (*ReleaseRequest) ProtoMessage() {}
 
 func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[30]
+	mi := &file_agent_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1608,7 +1680,7 @@ func (x *ReleaseRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseRequest.ProtoReflect.Descriptor instead.
 func (*ReleaseRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{30}
+	return file_agent_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *ReleaseRequest) GetPrepared() string {
@@ -1626,7 +1698,7 @@ type ReleaseResponse struct {
 
 func (x *ReleaseResponse) Reset() {
 	*x = ReleaseResponse{}
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1638,7 +1710,7 @@ func (x *ReleaseResponse) String() string {
 func (*ReleaseResponse) ProtoMessage() {}
 
 func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[31]
+	mi := &file_agent_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1651,7 +1723,7 @@ func (x *ReleaseResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReleaseResponse.ProtoReflect.Descriptor instead.
 func (*ReleaseResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{31}
+	return file_agent_proto_rawDescGZIP(), []int{33}
 }
 
 type ChainRequest struct {
@@ -1663,7 +1735,7 @@ type ChainRequest struct {
 
 func (x *ChainRequest) Reset() {
 	*x = ChainRequest{}
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1675,7 +1747,7 @@ func (x *ChainRequest) String() string {
 func (*ChainRequest) ProtoMessage() {}
 
 func (x *ChainRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[32]
+	mi := &file_agent_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1688,7 +1760,7 @@ func (x *ChainRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ChainRequest.ProtoReflect.Descriptor instead.
 func (*ChainRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{32}
+	return file_agent_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *ChainRequest) GetChain() *Staging {
@@ -1708,7 +1780,7 @@ type MergeResponse struct {
 
 func (x *MergeResponse) Reset() {
 	*x = MergeResponse{}
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1720,7 +1792,7 @@ func (x *MergeResponse) String() string {
 func (*MergeResponse) ProtoMessage() {}
 
 func (x *MergeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[33]
+	mi := &file_agent_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1733,7 +1805,7 @@ func (x *MergeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use MergeResponse.ProtoReflect.Descriptor instead.
 func (*MergeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{33}
+	return file_agent_proto_rawDescGZIP(), []int{35}
 }
 
 func (x *MergeResponse) GetLeft() int64 {
@@ -1758,7 +1830,7 @@ type StopMergeResponse struct {
 
 func (x *StopMergeResponse) Reset() {
 	*x = StopMergeResponse{}
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1770,7 +1842,7 @@ func (x *StopMergeResponse) String() string {
 func (*StopMergeResponse) ProtoMessage() {}
 
 func (x *StopMergeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[34]
+	mi := &file_agent_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1783,7 +1855,7 @@ func (x *StopMergeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use StopMergeResponse.ProtoReflect.Descriptor instead.
 func (*StopMergeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{34}
+	return file_agent_proto_rawDescGZIP(), []int{36}
 }
 
 // Place is image.Place.
@@ -1797,7 +1869,7 @@ type Place struct {
 
 func (x *Place) Reset() {
 	*x = Place{}
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1809,7 +1881,7 @@ func (x *Place) String() string {
 func (*Place) ProtoMessage() {}
 
 func (x *Place) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[35]
+	mi := &file_agent_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1822,7 +1894,7 @@ func (x *Place) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Place.ProtoReflect.Descriptor instead.
 func (*Place) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{35}
+	return file_agent_proto_rawDescGZIP(), []int{37}
 }
 
 func (x *Place) GetDomain() string {
@@ -1852,7 +1924,7 @@ type Content struct {
 
 func (x *Content) Reset() {
 	*x = Content{}
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1864,7 +1936,7 @@ func (x *Content) String() string {
 func (*Content) ProtoMessage() {}
 
 func (x *Content) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[36]
+	mi := &file_agent_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1877,7 +1949,7 @@ func (x *Content) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Content.ProtoReflect.Descriptor instead.
 func (*Content) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{36}
+	return file_agent_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Content) GetPlace() *Place {
@@ -1919,7 +1991,7 @@ type CopyBlockRequest struct {
 
 func (x *CopyBlockRequest) Reset() {
 	*x = CopyBlockRequest{}
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1931,7 +2003,7 @@ func (x *CopyBlockRequest) String() string {
 func (*CopyBlockRequest) ProtoMessage() {}
 
 func (x *CopyBlockRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[37]
+	mi := &file_agent_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1944,7 +2016,7 @@ func (x *CopyBlockRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyBlockRequest.ProtoReflect.Descriptor instead.
 func (*CopyBlockRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{37}
+	return file_agent_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *CopyBlockRequest) GetBegin() *CopyBlockBegin {
@@ -1979,7 +2051,7 @@ type CopyBlockBegin struct {
 
 func (x *CopyBlockBegin) Reset() {
 	*x = CopyBlockBegin{}
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1991,7 +2063,7 @@ func (x *CopyBlockBegin) String() string {
 func (*CopyBlockBegin) ProtoMessage() {}
 
 func (x *CopyBlockBegin) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[38]
+	mi := &file_agent_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2004,7 +2076,7 @@ func (x *CopyBlockBegin) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyBlockBegin.ProtoReflect.Descriptor instead.
 func (*CopyBlockBegin) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{38}
+	return file_agent_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *CopyBlockBegin) GetSource() *Content {
@@ -2076,7 +2148,7 @@ type CopyBlockResponse struct {
 
 func (x *CopyBlockResponse) Reset() {
 	*x = CopyBlockResponse{}
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2088,7 +2160,7 @@ func (x *CopyBlockResponse) String() string {
 func (*CopyBlockResponse) ProtoMessage() {}
 
 func (x *CopyBlockResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[39]
+	mi := &file_agent_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2101,7 +2173,7 @@ func (x *CopyBlockResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyBlockResponse.ProtoReflect.Descriptor instead.
 func (*CopyBlockResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{39}
+	return file_agent_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *CopyBlockResponse) GetDone() int64 {
@@ -2144,7 +2216,7 @@ type CopyTreeRequest struct {
 
 func (x *CopyTreeRequest) Reset() {
 	*x = CopyTreeRequest{}
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2156,7 +2228,7 @@ func (x *CopyTreeRequest) String() string {
 func (*CopyTreeRequest) ProtoMessage() {}
 
 func (x *CopyTreeRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[40]
+	mi := &file_agent_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2169,7 +2241,7 @@ func (x *CopyTreeRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyTreeRequest.ProtoReflect.Descriptor instead.
 func (*CopyTreeRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{40}
+	return file_agent_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *CopyTreeRequest) GetSource() *Content {
@@ -2203,7 +2275,7 @@ type CopyTreeResponse struct {
 
 func (x *CopyTreeResponse) Reset() {
 	*x = CopyTreeResponse{}
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2215,7 +2287,7 @@ func (x *CopyTreeResponse) String() string {
 func (*CopyTreeResponse) ProtoMessage() {}
 
 func (x *CopyTreeResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[41]
+	mi := &file_agent_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2228,7 +2300,7 @@ func (x *CopyTreeResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyTreeResponse.ProtoReflect.Descriptor instead.
 func (*CopyTreeResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{41}
+	return file_agent_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *CopyTreeResponse) GetDone() int64 {
@@ -2260,7 +2332,7 @@ type SendRequest struct {
 
 func (x *SendRequest) Reset() {
 	*x = SendRequest{}
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2272,7 +2344,7 @@ func (x *SendRequest) String() string {
 func (*SendRequest) ProtoMessage() {}
 
 func (x *SendRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[42]
+	mi := &file_agent_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2285,7 +2357,7 @@ func (x *SendRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SendRequest.ProtoReflect.Descriptor instead.
 func (*SendRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{42}
+	return file_agent_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *SendRequest) GetSource() *Content {
@@ -2338,7 +2410,7 @@ type SendResponse struct {
 
 func (x *SendResponse) Reset() {
 	*x = SendResponse{}
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2350,7 +2422,7 @@ func (x *SendResponse) String() string {
 func (*SendResponse) ProtoMessage() {}
 
 func (x *SendResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[43]
+	mi := &file_agent_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2363,7 +2435,7 @@ func (x *SendResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use SendResponse.ProtoReflect.Descriptor instead.
 func (*SendResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{43}
+	return file_agent_proto_rawDescGZIP(), []int{45}
 }
 
 type ZeroRequest struct {
@@ -2377,7 +2449,7 @@ type ZeroRequest struct {
 
 func (x *ZeroRequest) Reset() {
 	*x = ZeroRequest{}
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2389,7 +2461,7 @@ func (x *ZeroRequest) String() string {
 func (*ZeroRequest) ProtoMessage() {}
 
 func (x *ZeroRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[44]
+	mi := &file_agent_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2402,7 +2474,7 @@ func (x *ZeroRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroRequest.ProtoReflect.Descriptor instead.
 func (*ZeroRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{44}
+	return file_agent_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ZeroRequest) GetPlace() *Place {
@@ -2434,7 +2506,7 @@ type ZeroResponse struct {
 
 func (x *ZeroResponse) Reset() {
 	*x = ZeroResponse{}
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2446,7 +2518,7 @@ func (x *ZeroResponse) String() string {
 func (*ZeroResponse) ProtoMessage() {}
 
 func (x *ZeroResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[45]
+	mi := &file_agent_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2459,7 +2531,7 @@ func (x *ZeroResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ZeroResponse.ProtoReflect.Descriptor instead.
 func (*ZeroResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{45}
+	return file_agent_proto_rawDescGZIP(), []int{47}
 }
 
 type FormatLayerRequest struct {
@@ -2473,7 +2545,7 @@ type FormatLayerRequest struct {
 
 func (x *FormatLayerRequest) Reset() {
 	*x = FormatLayerRequest{}
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2485,7 +2557,7 @@ func (x *FormatLayerRequest) String() string {
 func (*FormatLayerRequest) ProtoMessage() {}
 
 func (x *FormatLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[46]
+	mi := &file_agent_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2498,7 +2570,7 @@ func (x *FormatLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FormatLayerRequest.ProtoReflect.Descriptor instead.
 func (*FormatLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{46}
+	return file_agent_proto_rawDescGZIP(), []int{48}
 }
 
 func (x *FormatLayerRequest) GetPlace() *Place {
@@ -2530,7 +2602,7 @@ type FormatLayerResponse struct {
 
 func (x *FormatLayerResponse) Reset() {
 	*x = FormatLayerResponse{}
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2542,7 +2614,7 @@ func (x *FormatLayerResponse) String() string {
 func (*FormatLayerResponse) ProtoMessage() {}
 
 func (x *FormatLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[47]
+	mi := &file_agent_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2555,7 +2627,7 @@ func (x *FormatLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use FormatLayerResponse.ProtoReflect.Descriptor instead.
 func (*FormatLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{47}
+	return file_agent_proto_rawDescGZIP(), []int{49}
 }
 
 type AllocateRequest struct {
@@ -2568,7 +2640,7 @@ type AllocateRequest struct {
 
 func (x *AllocateRequest) Reset() {
 	*x = AllocateRequest{}
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2580,7 +2652,7 @@ func (x *AllocateRequest) String() string {
 func (*AllocateRequest) ProtoMessage() {}
 
 func (x *AllocateRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[48]
+	mi := &file_agent_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2593,7 +2665,7 @@ func (x *AllocateRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocateRequest.ProtoReflect.Descriptor instead.
 func (*AllocateRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{48}
+	return file_agent_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *AllocateRequest) GetPlace() *Place {
@@ -2618,7 +2690,7 @@ type AllocateResponse struct {
 
 func (x *AllocateResponse) Reset() {
 	*x = AllocateResponse{}
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2630,7 +2702,7 @@ func (x *AllocateResponse) String() string {
 func (*AllocateResponse) ProtoMessage() {}
 
 func (x *AllocateResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[49]
+	mi := &file_agent_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2643,7 +2715,7 @@ func (x *AllocateResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AllocateResponse.ProtoReflect.Descriptor instead.
 func (*AllocateResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{49}
+	return file_agent_proto_rawDescGZIP(), []int{51}
 }
 
 type TrimLayerRequest struct {
@@ -2656,7 +2728,7 @@ type TrimLayerRequest struct {
 
 func (x *TrimLayerRequest) Reset() {
 	*x = TrimLayerRequest{}
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2668,7 +2740,7 @@ func (x *TrimLayerRequest) String() string {
 func (*TrimLayerRequest) ProtoMessage() {}
 
 func (x *TrimLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[50]
+	mi := &file_agent_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2681,7 +2753,7 @@ func (x *TrimLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimLayerRequest.ProtoReflect.Descriptor instead.
 func (*TrimLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{50}
+	return file_agent_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *TrimLayerRequest) GetPlace() *Place {
@@ -2706,7 +2778,7 @@ type TrimLayerResponse struct {
 
 func (x *TrimLayerResponse) Reset() {
 	*x = TrimLayerResponse{}
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2718,7 +2790,7 @@ func (x *TrimLayerResponse) String() string {
 func (*TrimLayerResponse) ProtoMessage() {}
 
 func (x *TrimLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[51]
+	mi := &file_agent_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2731,7 +2803,7 @@ func (x *TrimLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use TrimLayerResponse.ProtoReflect.Descriptor instead.
 func (*TrimLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{51}
+	return file_agent_proto_rawDescGZIP(), []int{53}
 }
 
 type CheckLayerRequest struct {
@@ -2743,7 +2815,7 @@ type CheckLayerRequest struct {
 
 func (x *CheckLayerRequest) Reset() {
 	*x = CheckLayerRequest{}
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2755,7 +2827,7 @@ func (x *CheckLayerRequest) String() string {
 func (*CheckLayerRequest) ProtoMessage() {}
 
 func (x *CheckLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[52]
+	mi := &file_agent_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2768,7 +2840,7 @@ func (x *CheckLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLayerRequest.ProtoReflect.Descriptor instead.
 func (*CheckLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{52}
+	return file_agent_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *CheckLayerRequest) GetPlace() *Place {
@@ -2789,7 +2861,7 @@ type CheckLayerResponse struct {
 
 func (x *CheckLayerResponse) Reset() {
 	*x = CheckLayerResponse{}
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2801,7 +2873,7 @@ func (x *CheckLayerResponse) String() string {
 func (*CheckLayerResponse) ProtoMessage() {}
 
 func (x *CheckLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[53]
+	mi := &file_agent_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2814,7 +2886,7 @@ func (x *CheckLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CheckLayerResponse.ProtoReflect.Descriptor instead.
 func (*CheckLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{53}
+	return file_agent_proto_rawDescGZIP(), []int{55}
 }
 
 func (x *CheckLayerResponse) GetLooked() bool {
@@ -2834,7 +2906,7 @@ type RepairLayerRequest struct {
 
 func (x *RepairLayerRequest) Reset() {
 	*x = RepairLayerRequest{}
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[56]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2846,7 +2918,7 @@ func (x *RepairLayerRequest) String() string {
 func (*RepairLayerRequest) ProtoMessage() {}
 
 func (x *RepairLayerRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[54]
+	mi := &file_agent_proto_msgTypes[56]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2859,7 +2931,7 @@ func (x *RepairLayerRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairLayerRequest.ProtoReflect.Descriptor instead.
 func (*RepairLayerRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{54}
+	return file_agent_proto_rawDescGZIP(), []int{56}
 }
 
 func (x *RepairLayerRequest) GetPlace() *Place {
@@ -2885,7 +2957,7 @@ type RepairLayerResponse struct {
 
 func (x *RepairLayerResponse) Reset() {
 	*x = RepairLayerResponse{}
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[57]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2897,7 +2969,7 @@ func (x *RepairLayerResponse) String() string {
 func (*RepairLayerResponse) ProtoMessage() {}
 
 func (x *RepairLayerResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[55]
+	mi := &file_agent_proto_msgTypes[57]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2910,7 +2982,7 @@ func (x *RepairLayerResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RepairLayerResponse.ProtoReflect.Descriptor instead.
 func (*RepairLayerResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{55}
+	return file_agent_proto_rawDescGZIP(), []int{57}
 }
 
 func (x *RepairLayerResponse) GetChunks() int64 {
@@ -2930,7 +3002,7 @@ type ExtentsRequest struct {
 
 func (x *ExtentsRequest) Reset() {
 	*x = ExtentsRequest{}
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[58]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2942,7 +3014,7 @@ func (x *ExtentsRequest) String() string {
 func (*ExtentsRequest) ProtoMessage() {}
 
 func (x *ExtentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[56]
+	mi := &file_agent_proto_msgTypes[58]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2955,7 +3027,7 @@ func (x *ExtentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExtentsRequest.ProtoReflect.Descriptor instead.
 func (*ExtentsRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{56}
+	return file_agent_proto_rawDescGZIP(), []int{58}
 }
 
 func (x *ExtentsRequest) GetPlace() *Place {
@@ -2982,7 +3054,7 @@ type Extent struct {
 
 func (x *Extent) Reset() {
 	*x = Extent{}
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[59]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2994,7 +3066,7 @@ func (x *Extent) String() string {
 func (*Extent) ProtoMessage() {}
 
 func (x *Extent) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[57]
+	mi := &file_agent_proto_msgTypes[59]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3007,7 +3079,7 @@ func (x *Extent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Extent.ProtoReflect.Descriptor instead.
 func (*Extent) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{57}
+	return file_agent_proto_rawDescGZIP(), []int{59}
 }
 
 func (x *Extent) GetOffset() int64 {
@@ -3033,7 +3105,7 @@ type ExtentsResponse struct {
 
 func (x *ExtentsResponse) Reset() {
 	*x = ExtentsResponse{}
-	mi := &file_agent_proto_msgTypes[58]
+	mi := &file_agent_proto_msgTypes[60]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3045,7 +3117,7 @@ func (x *ExtentsResponse) String() string {
 func (*ExtentsResponse) ProtoMessage() {}
 
 func (x *ExtentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[58]
+	mi := &file_agent_proto_msgTypes[60]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3058,7 +3130,7 @@ func (x *ExtentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ExtentsResponse.ProtoReflect.Descriptor instead.
 func (*ExtentsResponse) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{58}
+	return file_agent_proto_rawDescGZIP(), []int{60}
 }
 
 func (x *ExtentsResponse) GetExtents() []*Extent {
@@ -3079,7 +3151,7 @@ type CompareRequest struct {
 
 func (x *CompareRequest) Reset() {
 	*x = CompareRequest{}
-	mi := &file_agent_proto_msgTypes[59]
+	mi := &file_agent_proto_msgTypes[61]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3091,7 +3163,7 @@ func (x *CompareRequest) String() string {
 func (*CompareRequest) ProtoMessage() {}
 
 func (x *CompareRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_agent_proto_msgTypes[59]
+	mi := &file_agent_proto_msgTypes[61]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3104,7 +3176,7 @@ func (x *CompareRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CompareRequest.ProtoReflect.Descriptor instead.
 func (*CompareRequest) Descriptor() ([]byte, []int) {
-	return file_agent_proto_rawDescGZIP(), []int{59}
+	return file_agent_proto_rawDescGZIP(), []int{61}
 }
 
 func (x *CompareRequest) GetA() *Content {
@@ -3218,7 +3290,9 @@ const file_agent_proto_rawDesc = "" +
 	"\fThawResponse\"(\n" +
 	"\x0eStagedResponse\x12\x16\n" +
 	"\x06staged\x18\x01 \x01(\bR\x06staged\"\x10\n" +
-	"\x0eLayersResponse\"]\n" +
+	"\x0eLayersResponse\"\x11\n" +
+	"\x0fEncryptsRequest\"\x12\n" +
+	"\x10EncryptsResponse\"]\n" +
 	"\rSwitchRequest\x120\n" +
 	"\x06images\x18\x01 \x03(\v2\x18.quarry.agent.v1.StagingR\x06images\x12\x1a\n" +
 	"\bprepared\x18\x02 \x01(\tR\bprepared\"\x10\n" +
@@ -3322,14 +3396,15 @@ const file_agent_proto_rawDesc = "" +
 	"\tFormatted\x12!.quarry.agent.v1.FormattedRequest\x1a\".quarry.agent.v1.FormattedResponse\x12F\n" +
 	"\x05Built\x12\x1d.quarry.agent.v1.BuiltRequest\x1a\x1e.quarry.agent.v1.BuiltResponse\x12L\n" +
 	"\aOutline\x12\x1f.quarry.agent.v1.OutlineRequest\x1a .quarry.agent.v1.OutlineResponse\x12O\n" +
-	"\bUnstaged\x12 .quarry.agent.v1.UnstagedRequest\x1a!.quarry.agent.v1.UnstagedResponse2\xe2\x0e\n" +
+	"\bUnstaged\x12 .quarry.agent.v1.UnstagedRequest\x1a!.quarry.agent.v1.UnstagedResponse2\xb3\x0f\n" +
 	"\x05Agent\x12F\n" +
 	"\x05Adopt\x12\x1d.quarry.agent.v1.AdoptRequest\x1a\x1e.quarry.agent.v1.AdoptResponse\x12I\n" +
 	"\x06Settle\x12\x1e.quarry.agent.v1.SettleRequest\x1a\x1f.quarry.agent.v1.SettleResponse\x12I\n" +
 	"\x06Freeze\x12\x1e.quarry.agent.v1.FreezeRequest\x1a\x1f.quarry.agent.v1.FreezeResponse\x12D\n" +
 	"\x04Thaw\x12\x1d.quarry.agent.v1.ImageRequest\x1a\x1d.quarry.agent.v1.ThawResponse\x12H\n" +
 	"\x06Staged\x12\x1d.quarry.agent.v1.ImageRequest\x1a\x1f.quarry.agent.v1.StagedResponse\x12H\n" +
-	"\x06Layers\x12\x1d.quarry.agent.v1.ImageRequest\x1a\x1f.quarry.agent.v1.LayersResponse\x12I\n" +
+	"\x06Layers\x12\x1d.quarry.agent.v1.ImageRequest\x1a\x1f.quarry.agent.v1.LayersResponse\x12O\n" +
+	"\bEncrypts\x12 .quarry.agent.v1.EncryptsRequest\x1a!.quarry.agent.v1.EncryptsResponse\x12I\n" +
 	"\x06Switch\x12\x1e.quarry.agent.v1.SwitchRequest\x1a\x1f.quarry.agent.v1.SwitchResponse\x12K\n" +
 	"\aPrepare\x12\x1e.quarry.agent.v1.SwitchRequest\x1a .quarry.agent.v1.PrepareResponse\x12E\n" +
 	"\x04Hold\x12\x1e.quarry.agent.v1.SwitchRequest\x1a\x1d.quarry.agent.v1.HoldResponse\x12L\n" +
@@ -3362,7 +3437,7 @@ func file_agent_proto_rawDescGZIP() []byte {
 	return file_agent_proto_rawDescData
 }
 
-var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 60)
+var file_agent_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_agent_proto_goTypes = []any{
 	(*Hello)(nil),               // 0: quarry.agent.v1.Hello
 	(*Welcome)(nil),             // 1: quarry.agent.v1.Welcome
@@ -3390,40 +3465,42 @@ var file_agent_proto_goTypes = []any{
 	(*ThawResponse)(nil),        // 23: quarry.agent.v1.ThawResponse
 	(*StagedResponse)(nil),      // 24: quarry.agent.v1.StagedResponse
 	(*LayersResponse)(nil),      // 25: quarry.agent.v1.LayersResponse
-	(*SwitchRequest)(nil),       // 26: quarry.agent.v1.SwitchRequest
-	(*SwitchResponse)(nil),      // 27: quarry.agent.v1.SwitchResponse
-	(*PrepareResponse)(nil),     // 28: quarry.agent.v1.PrepareResponse
-	(*HoldResponse)(nil),        // 29: quarry.agent.v1.HoldResponse
-	(*ReleaseRequest)(nil),      // 30: quarry.agent.v1.ReleaseRequest
-	(*ReleaseResponse)(nil),     // 31: quarry.agent.v1.ReleaseResponse
-	(*ChainRequest)(nil),        // 32: quarry.agent.v1.ChainRequest
-	(*MergeResponse)(nil),       // 33: quarry.agent.v1.MergeResponse
-	(*StopMergeResponse)(nil),   // 34: quarry.agent.v1.StopMergeResponse
-	(*Place)(nil),               // 35: quarry.agent.v1.Place
-	(*Content)(nil),             // 36: quarry.agent.v1.Content
-	(*CopyBlockRequest)(nil),    // 37: quarry.agent.v1.CopyBlockRequest
-	(*CopyBlockBegin)(nil),      // 38: quarry.agent.v1.CopyBlockBegin
-	(*CopyBlockResponse)(nil),   // 39: quarry.agent.v1.CopyBlockResponse
-	(*CopyTreeRequest)(nil),     // 40: quarry.agent.v1.CopyTreeRequest
-	(*CopyTreeResponse)(nil),    // 41: quarry.agent.v1.CopyTreeResponse
-	(*SendRequest)(nil),         // 42: quarry.agent.v1.SendRequest
-	(*SendResponse)(nil),        // 43: quarry.agent.v1.SendResponse
-	(*ZeroRequest)(nil),         // 44: quarry.agent.v1.ZeroRequest
-	(*ZeroResponse)(nil),        // 45: quarry.agent.v1.ZeroResponse
-	(*FormatLayerRequest)(nil),  // 46: quarry.agent.v1.FormatLayerRequest
-	(*FormatLayerResponse)(nil), // 47: quarry.agent.v1.FormatLayerResponse
-	(*AllocateRequest)(nil),     // 48: quarry.agent.v1.AllocateRequest
-	(*AllocateResponse)(nil),    // 49: quarry.agent.v1.AllocateResponse
-	(*TrimLayerRequest)(nil),    // 50: quarry.agent.v1.TrimLayerRequest
-	(*TrimLayerResponse)(nil),   // 51: quarry.agent.v1.TrimLayerResponse
-	(*CheckLayerRequest)(nil),   // 52: quarry.agent.v1.CheckLayerRequest
-	(*CheckLayerResponse)(nil),  // 53: quarry.agent.v1.CheckLayerResponse
-	(*RepairLayerRequest)(nil),  // 54: quarry.agent.v1.RepairLayerRequest
-	(*RepairLayerResponse)(nil), // 55: quarry.agent.v1.RepairLayerResponse
-	(*ExtentsRequest)(nil),      // 56: quarry.agent.v1.ExtentsRequest
-	(*Extent)(nil),              // 57: quarry.agent.v1.Extent
-	(*ExtentsResponse)(nil),     // 58: quarry.agent.v1.ExtentsResponse
-	(*CompareRequest)(nil),      // 59: quarry.agent.v1.CompareRequest
+	(*EncryptsRequest)(nil),     // 26: quarry.agent.v1.EncryptsRequest
+	(*EncryptsResponse)(nil),    // 27: quarry.agent.v1.EncryptsResponse
+	(*SwitchRequest)(nil),       // 28: quarry.agent.v1.SwitchRequest
+	(*SwitchResponse)(nil),      // 29: quarry.agent.v1.SwitchResponse
+	(*PrepareResponse)(nil),     // 30: quarry.agent.v1.PrepareResponse
+	(*HoldResponse)(nil),        // 31: quarry.agent.v1.HoldResponse
+	(*ReleaseRequest)(nil),      // 32: quarry.agent.v1.ReleaseRequest
+	(*ReleaseResponse)(nil),     // 33: quarry.agent.v1.ReleaseResponse
+	(*ChainRequest)(nil),        // 34: quarry.agent.v1.ChainRequest
+	(*MergeResponse)(nil),       // 35: quarry.agent.v1.MergeResponse
+	(*StopMergeResponse)(nil),   // 36: quarry.agent.v1.StopMergeResponse
+	(*Place)(nil),               // 37: quarry.agent.v1.Place
+	(*Content)(nil),             // 38: quarry.agent.v1.Content
+	(*CopyBlockRequest)(nil),    // 39: quarry.agent.v1.CopyBlockRequest
+	(*CopyBlockBegin)(nil),      // 40: quarry.agent.v1.CopyBlockBegin
+	(*CopyBlockResponse)(nil),   // 41: quarry.agent.v1.CopyBlockResponse
+	(*CopyTreeRequest)(nil),     // 42: quarry.agent.v1.CopyTreeRequest
+	(*CopyTreeResponse)(nil),    // 43: quarry.agent.v1.CopyTreeResponse
+	(*SendRequest)(nil),         // 44: quarry.agent.v1.SendRequest
+	(*SendResponse)(nil),        // 45: quarry.agent.v1.SendResponse
+	(*ZeroRequest)(nil),         // 46: quarry.agent.v1.ZeroRequest
+	(*ZeroResponse)(nil),        // 47: quarry.agent.v1.ZeroResponse
+	(*FormatLayerRequest)(nil),  // 48: quarry.agent.v1.FormatLayerRequest
+	(*FormatLayerResponse)(nil), // 49: quarry.agent.v1.FormatLayerResponse
+	(*AllocateRequest)(nil),     // 50: quarry.agent.v1.AllocateRequest
+	(*AllocateResponse)(nil),    // 51: quarry.agent.v1.AllocateResponse
+	(*TrimLayerRequest)(nil),    // 52: quarry.agent.v1.TrimLayerRequest
+	(*TrimLayerResponse)(nil),   // 53: quarry.agent.v1.TrimLayerResponse
+	(*CheckLayerRequest)(nil),   // 54: quarry.agent.v1.CheckLayerRequest
+	(*CheckLayerResponse)(nil),  // 55: quarry.agent.v1.CheckLayerResponse
+	(*RepairLayerRequest)(nil),  // 56: quarry.agent.v1.RepairLayerRequest
+	(*RepairLayerResponse)(nil), // 57: quarry.agent.v1.RepairLayerResponse
+	(*ExtentsRequest)(nil),      // 58: quarry.agent.v1.ExtentsRequest
+	(*Extent)(nil),              // 59: quarry.agent.v1.Extent
+	(*ExtentsResponse)(nil),     // 60: quarry.agent.v1.ExtentsResponse
+	(*CompareRequest)(nil),      // 61: quarry.agent.v1.CompareRequest
 }
 var file_agent_proto_depIdxs = []int32{
 	2,  // 0: quarry.agent.v1.Staging.handle:type_name -> quarry.agent.v1.Handle
@@ -3436,30 +3513,30 @@ var file_agent_proto_depIdxs = []int32{
 	3,  // 7: quarry.agent.v1.OutlineResponse.slabs:type_name -> quarry.agent.v1.SlabRef
 	2,  // 8: quarry.agent.v1.UnstagedRequest.handle:type_name -> quarry.agent.v1.Handle
 	16, // 9: quarry.agent.v1.AdoptRequest.domains:type_name -> quarry.agent.v1.Adopted
-	35, // 10: quarry.agent.v1.SettleRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 10: quarry.agent.v1.SettleRequest.place:type_name -> quarry.agent.v1.Place
 	2,  // 11: quarry.agent.v1.ImageRequest.handle:type_name -> quarry.agent.v1.Handle
 	2,  // 12: quarry.agent.v1.FreezeRequest.handle:type_name -> quarry.agent.v1.Handle
 	4,  // 13: quarry.agent.v1.SwitchRequest.images:type_name -> quarry.agent.v1.Staging
 	4,  // 14: quarry.agent.v1.ChainRequest.chain:type_name -> quarry.agent.v1.Staging
-	35, // 15: quarry.agent.v1.Content.place:type_name -> quarry.agent.v1.Place
+	37, // 15: quarry.agent.v1.Content.place:type_name -> quarry.agent.v1.Place
 	4,  // 16: quarry.agent.v1.Content.chain:type_name -> quarry.agent.v1.Staging
-	38, // 17: quarry.agent.v1.CopyBlockRequest.begin:type_name -> quarry.agent.v1.CopyBlockBegin
-	36, // 18: quarry.agent.v1.CopyBlockBegin.source:type_name -> quarry.agent.v1.Content
-	35, // 19: quarry.agent.v1.CopyBlockBegin.target:type_name -> quarry.agent.v1.Place
-	36, // 20: quarry.agent.v1.CopyTreeRequest.source:type_name -> quarry.agent.v1.Content
-	35, // 21: quarry.agent.v1.CopyTreeRequest.target:type_name -> quarry.agent.v1.Place
-	36, // 22: quarry.agent.v1.SendRequest.source:type_name -> quarry.agent.v1.Content
-	35, // 23: quarry.agent.v1.ZeroRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 24: quarry.agent.v1.FormatLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 25: quarry.agent.v1.AllocateRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 26: quarry.agent.v1.TrimLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 27: quarry.agent.v1.CheckLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 28: quarry.agent.v1.RepairLayerRequest.place:type_name -> quarry.agent.v1.Place
-	35, // 29: quarry.agent.v1.ExtentsRequest.place:type_name -> quarry.agent.v1.Place
-	57, // 30: quarry.agent.v1.ExtentsResponse.extents:type_name -> quarry.agent.v1.Extent
-	36, // 31: quarry.agent.v1.CompareRequest.a:type_name -> quarry.agent.v1.Content
-	36, // 32: quarry.agent.v1.CompareRequest.b:type_name -> quarry.agent.v1.Content
-	57, // 33: quarry.agent.v1.CompareRequest.ranges:type_name -> quarry.agent.v1.Extent
+	40, // 17: quarry.agent.v1.CopyBlockRequest.begin:type_name -> quarry.agent.v1.CopyBlockBegin
+	38, // 18: quarry.agent.v1.CopyBlockBegin.source:type_name -> quarry.agent.v1.Content
+	37, // 19: quarry.agent.v1.CopyBlockBegin.target:type_name -> quarry.agent.v1.Place
+	38, // 20: quarry.agent.v1.CopyTreeRequest.source:type_name -> quarry.agent.v1.Content
+	37, // 21: quarry.agent.v1.CopyTreeRequest.target:type_name -> quarry.agent.v1.Place
+	38, // 22: quarry.agent.v1.SendRequest.source:type_name -> quarry.agent.v1.Content
+	37, // 23: quarry.agent.v1.ZeroRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 24: quarry.agent.v1.FormatLayerRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 25: quarry.agent.v1.AllocateRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 26: quarry.agent.v1.TrimLayerRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 27: quarry.agent.v1.CheckLayerRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 28: quarry.agent.v1.RepairLayerRequest.place:type_name -> quarry.agent.v1.Place
+	37, // 29: quarry.agent.v1.ExtentsRequest.place:type_name -> quarry.agent.v1.Place
+	59, // 30: quarry.agent.v1.ExtentsResponse.extents:type_name -> quarry.agent.v1.Extent
+	38, // 31: quarry.agent.v1.CompareRequest.a:type_name -> quarry.agent.v1.Content
+	38, // 32: quarry.agent.v1.CompareRequest.b:type_name -> quarry.agent.v1.Content
+	59, // 33: quarry.agent.v1.CompareRequest.ranges:type_name -> quarry.agent.v1.Extent
 	5,  // 34: quarry.agent.v1.Controller.Stage:input_type -> quarry.agent.v1.StageRequest
 	7,  // 35: quarry.agent.v1.Controller.Formatted:input_type -> quarry.agent.v1.FormattedRequest
 	9,  // 36: quarry.agent.v1.Controller.Built:input_type -> quarry.agent.v1.BuiltRequest
@@ -3471,55 +3548,57 @@ var file_agent_proto_depIdxs = []int32{
 	20, // 42: quarry.agent.v1.Agent.Thaw:input_type -> quarry.agent.v1.ImageRequest
 	20, // 43: quarry.agent.v1.Agent.Staged:input_type -> quarry.agent.v1.ImageRequest
 	20, // 44: quarry.agent.v1.Agent.Layers:input_type -> quarry.agent.v1.ImageRequest
-	26, // 45: quarry.agent.v1.Agent.Switch:input_type -> quarry.agent.v1.SwitchRequest
-	26, // 46: quarry.agent.v1.Agent.Prepare:input_type -> quarry.agent.v1.SwitchRequest
-	26, // 47: quarry.agent.v1.Agent.Hold:input_type -> quarry.agent.v1.SwitchRequest
-	30, // 48: quarry.agent.v1.Agent.Release:input_type -> quarry.agent.v1.ReleaseRequest
-	32, // 49: quarry.agent.v1.Agent.Merge:input_type -> quarry.agent.v1.ChainRequest
-	32, // 50: quarry.agent.v1.Agent.StopMerge:input_type -> quarry.agent.v1.ChainRequest
-	37, // 51: quarry.agent.v1.Agent.CopyBlock:input_type -> quarry.agent.v1.CopyBlockRequest
-	40, // 52: quarry.agent.v1.Agent.CopyTree:input_type -> quarry.agent.v1.CopyTreeRequest
-	42, // 53: quarry.agent.v1.Agent.Send:input_type -> quarry.agent.v1.SendRequest
-	44, // 54: quarry.agent.v1.Agent.Zero:input_type -> quarry.agent.v1.ZeroRequest
-	46, // 55: quarry.agent.v1.Agent.FormatLayer:input_type -> quarry.agent.v1.FormatLayerRequest
-	48, // 56: quarry.agent.v1.Agent.Allocate:input_type -> quarry.agent.v1.AllocateRequest
-	50, // 57: quarry.agent.v1.Agent.TrimLayer:input_type -> quarry.agent.v1.TrimLayerRequest
-	52, // 58: quarry.agent.v1.Agent.CheckLayer:input_type -> quarry.agent.v1.CheckLayerRequest
-	54, // 59: quarry.agent.v1.Agent.RepairLayer:input_type -> quarry.agent.v1.RepairLayerRequest
-	56, // 60: quarry.agent.v1.Agent.LayerExtents:input_type -> quarry.agent.v1.ExtentsRequest
-	56, // 61: quarry.agent.v1.Agent.DataExtents:input_type -> quarry.agent.v1.ExtentsRequest
-	59, // 62: quarry.agent.v1.Agent.Compare:input_type -> quarry.agent.v1.CompareRequest
-	6,  // 63: quarry.agent.v1.Controller.Stage:output_type -> quarry.agent.v1.StageResponse
-	8,  // 64: quarry.agent.v1.Controller.Formatted:output_type -> quarry.agent.v1.FormattedResponse
-	10, // 65: quarry.agent.v1.Controller.Built:output_type -> quarry.agent.v1.BuiltResponse
-	12, // 66: quarry.agent.v1.Controller.Outline:output_type -> quarry.agent.v1.OutlineResponse
-	14, // 67: quarry.agent.v1.Controller.Unstaged:output_type -> quarry.agent.v1.UnstagedResponse
-	17, // 68: quarry.agent.v1.Agent.Adopt:output_type -> quarry.agent.v1.AdoptResponse
-	19, // 69: quarry.agent.v1.Agent.Settle:output_type -> quarry.agent.v1.SettleResponse
-	22, // 70: quarry.agent.v1.Agent.Freeze:output_type -> quarry.agent.v1.FreezeResponse
-	23, // 71: quarry.agent.v1.Agent.Thaw:output_type -> quarry.agent.v1.ThawResponse
-	24, // 72: quarry.agent.v1.Agent.Staged:output_type -> quarry.agent.v1.StagedResponse
-	25, // 73: quarry.agent.v1.Agent.Layers:output_type -> quarry.agent.v1.LayersResponse
-	27, // 74: quarry.agent.v1.Agent.Switch:output_type -> quarry.agent.v1.SwitchResponse
-	28, // 75: quarry.agent.v1.Agent.Prepare:output_type -> quarry.agent.v1.PrepareResponse
-	29, // 76: quarry.agent.v1.Agent.Hold:output_type -> quarry.agent.v1.HoldResponse
-	31, // 77: quarry.agent.v1.Agent.Release:output_type -> quarry.agent.v1.ReleaseResponse
-	33, // 78: quarry.agent.v1.Agent.Merge:output_type -> quarry.agent.v1.MergeResponse
-	34, // 79: quarry.agent.v1.Agent.StopMerge:output_type -> quarry.agent.v1.StopMergeResponse
-	39, // 80: quarry.agent.v1.Agent.CopyBlock:output_type -> quarry.agent.v1.CopyBlockResponse
-	41, // 81: quarry.agent.v1.Agent.CopyTree:output_type -> quarry.agent.v1.CopyTreeResponse
-	43, // 82: quarry.agent.v1.Agent.Send:output_type -> quarry.agent.v1.SendResponse
-	45, // 83: quarry.agent.v1.Agent.Zero:output_type -> quarry.agent.v1.ZeroResponse
-	47, // 84: quarry.agent.v1.Agent.FormatLayer:output_type -> quarry.agent.v1.FormatLayerResponse
-	49, // 85: quarry.agent.v1.Agent.Allocate:output_type -> quarry.agent.v1.AllocateResponse
-	51, // 86: quarry.agent.v1.Agent.TrimLayer:output_type -> quarry.agent.v1.TrimLayerResponse
-	53, // 87: quarry.agent.v1.Agent.CheckLayer:output_type -> quarry.agent.v1.CheckLayerResponse
-	55, // 88: quarry.agent.v1.Agent.RepairLayer:output_type -> quarry.agent.v1.RepairLayerResponse
-	58, // 89: quarry.agent.v1.Agent.LayerExtents:output_type -> quarry.agent.v1.ExtentsResponse
-	58, // 90: quarry.agent.v1.Agent.DataExtents:output_type -> quarry.agent.v1.ExtentsResponse
-	58, // 91: quarry.agent.v1.Agent.Compare:output_type -> quarry.agent.v1.ExtentsResponse
-	63, // [63:92] is the sub-list for method output_type
-	34, // [34:63] is the sub-list for method input_type
+	26, // 45: quarry.agent.v1.Agent.Encrypts:input_type -> quarry.agent.v1.EncryptsRequest
+	28, // 46: quarry.agent.v1.Agent.Switch:input_type -> quarry.agent.v1.SwitchRequest
+	28, // 47: quarry.agent.v1.Agent.Prepare:input_type -> quarry.agent.v1.SwitchRequest
+	28, // 48: quarry.agent.v1.Agent.Hold:input_type -> quarry.agent.v1.SwitchRequest
+	32, // 49: quarry.agent.v1.Agent.Release:input_type -> quarry.agent.v1.ReleaseRequest
+	34, // 50: quarry.agent.v1.Agent.Merge:input_type -> quarry.agent.v1.ChainRequest
+	34, // 51: quarry.agent.v1.Agent.StopMerge:input_type -> quarry.agent.v1.ChainRequest
+	39, // 52: quarry.agent.v1.Agent.CopyBlock:input_type -> quarry.agent.v1.CopyBlockRequest
+	42, // 53: quarry.agent.v1.Agent.CopyTree:input_type -> quarry.agent.v1.CopyTreeRequest
+	44, // 54: quarry.agent.v1.Agent.Send:input_type -> quarry.agent.v1.SendRequest
+	46, // 55: quarry.agent.v1.Agent.Zero:input_type -> quarry.agent.v1.ZeroRequest
+	48, // 56: quarry.agent.v1.Agent.FormatLayer:input_type -> quarry.agent.v1.FormatLayerRequest
+	50, // 57: quarry.agent.v1.Agent.Allocate:input_type -> quarry.agent.v1.AllocateRequest
+	52, // 58: quarry.agent.v1.Agent.TrimLayer:input_type -> quarry.agent.v1.TrimLayerRequest
+	54, // 59: quarry.agent.v1.Agent.CheckLayer:input_type -> quarry.agent.v1.CheckLayerRequest
+	56, // 60: quarry.agent.v1.Agent.RepairLayer:input_type -> quarry.agent.v1.RepairLayerRequest
+	58, // 61: quarry.agent.v1.Agent.LayerExtents:input_type -> quarry.agent.v1.ExtentsRequest
+	58, // 62: quarry.agent.v1.Agent.DataExtents:input_type -> quarry.agent.v1.ExtentsRequest
+	61, // 63: quarry.agent.v1.Agent.Compare:input_type -> quarry.agent.v1.CompareRequest
+	6,  // 64: quarry.agent.v1.Controller.Stage:output_type -> quarry.agent.v1.StageResponse
+	8,  // 65: quarry.agent.v1.Controller.Formatted:output_type -> quarry.agent.v1.FormattedResponse
+	10, // 66: quarry.agent.v1.Controller.Built:output_type -> quarry.agent.v1.BuiltResponse
+	12, // 67: quarry.agent.v1.Controller.Outline:output_type -> quarry.agent.v1.OutlineResponse
+	14, // 68: quarry.agent.v1.Controller.Unstaged:output_type -> quarry.agent.v1.UnstagedResponse
+	17, // 69: quarry.agent.v1.Agent.Adopt:output_type -> quarry.agent.v1.AdoptResponse
+	19, // 70: quarry.agent.v1.Agent.Settle:output_type -> quarry.agent.v1.SettleResponse
+	22, // 71: quarry.agent.v1.Agent.Freeze:output_type -> quarry.agent.v1.FreezeResponse
+	23, // 72: quarry.agent.v1.Agent.Thaw:output_type -> quarry.agent.v1.ThawResponse
+	24, // 73: quarry.agent.v1.Agent.Staged:output_type -> quarry.agent.v1.StagedResponse
+	25, // 74: quarry.agent.v1.Agent.Layers:output_type -> quarry.agent.v1.LayersResponse
+	27, // 75: quarry.agent.v1.Agent.Encrypts:output_type -> quarry.agent.v1.EncryptsResponse
+	29, // 76: quarry.agent.v1.Agent.Switch:output_type -> quarry.agent.v1.SwitchResponse
+	30, // 77: quarry.agent.v1.Agent.Prepare:output_type -> quarry.agent.v1.PrepareResponse
+	31, // 78: quarry.agent.v1.Agent.Hold:output_type -> quarry.agent.v1.HoldResponse
+	33, // 79: quarry.agent.v1.Agent.Release:output_type -> quarry.agent.v1.ReleaseResponse
+	35, // 80: quarry.agent.v1.Agent.Merge:output_type -> quarry.agent.v1.MergeResponse
+	36, // 81: quarry.agent.v1.Agent.StopMerge:output_type -> quarry.agent.v1.StopMergeResponse
+	41, // 82: quarry.agent.v1.Agent.CopyBlock:output_type -> quarry.agent.v1.CopyBlockResponse
+	43, // 83: quarry.agent.v1.Agent.CopyTree:output_type -> quarry.agent.v1.CopyTreeResponse
+	45, // 84: quarry.agent.v1.Agent.Send:output_type -> quarry.agent.v1.SendResponse
+	47, // 85: quarry.agent.v1.Agent.Zero:output_type -> quarry.agent.v1.ZeroResponse
+	49, // 86: quarry.agent.v1.Agent.FormatLayer:output_type -> quarry.agent.v1.FormatLayerResponse
+	51, // 87: quarry.agent.v1.Agent.Allocate:output_type -> quarry.agent.v1.AllocateResponse
+	53, // 88: quarry.agent.v1.Agent.TrimLayer:output_type -> quarry.agent.v1.TrimLayerResponse
+	55, // 89: quarry.agent.v1.Agent.CheckLayer:output_type -> quarry.agent.v1.CheckLayerResponse
+	57, // 90: quarry.agent.v1.Agent.RepairLayer:output_type -> quarry.agent.v1.RepairLayerResponse
+	60, // 91: quarry.agent.v1.Agent.LayerExtents:output_type -> quarry.agent.v1.ExtentsResponse
+	60, // 92: quarry.agent.v1.Agent.DataExtents:output_type -> quarry.agent.v1.ExtentsResponse
+	60, // 93: quarry.agent.v1.Agent.Compare:output_type -> quarry.agent.v1.ExtentsResponse
+	64, // [64:94] is the sub-list for method output_type
+	34, // [34:64] is the sub-list for method input_type
 	34, // [34:34] is the sub-list for extension type_name
 	34, // [34:34] is the sub-list for extension extendee
 	0,  // [0:34] is the sub-list for field type_name
@@ -3536,7 +3615,7 @@ func file_agent_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_agent_proto_rawDesc), len(file_agent_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   60,
+			NumMessages:   62,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

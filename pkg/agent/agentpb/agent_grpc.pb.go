@@ -295,6 +295,7 @@ const (
 	Agent_Thaw_FullMethodName         = "/quarry.agent.v1.Agent/Thaw"
 	Agent_Staged_FullMethodName       = "/quarry.agent.v1.Agent/Staged"
 	Agent_Layers_FullMethodName       = "/quarry.agent.v1.Agent/Layers"
+	Agent_Encrypts_FullMethodName     = "/quarry.agent.v1.Agent/Encrypts"
 	Agent_Switch_FullMethodName       = "/quarry.agent.v1.Agent/Switch"
 	Agent_Prepare_FullMethodName      = "/quarry.agent.v1.Agent/Prepare"
 	Agent_Hold_FullMethodName         = "/quarry.agent.v1.Agent/Hold"
@@ -330,6 +331,8 @@ type AgentClient interface {
 	Thaw(ctx context.Context, in *ImageRequest, opts ...grpc.CallOption) (*ThawResponse, error)
 	Staged(ctx context.Context, in *ImageRequest, opts ...grpc.CallOption) (*StagedResponse, error)
 	Layers(ctx context.Context, in *ImageRequest, opts ...grpc.CallOption) (*LayersResponse, error)
+	// Encrypts says whether the node opens encrypted images.
+	Encrypts(ctx context.Context, in *EncryptsRequest, opts ...grpc.CallOption) (*EncryptsResponse, error)
 	Switch(ctx context.Context, in *SwitchRequest, opts ...grpc.CallOption) (*SwitchResponse, error)
 	// Prepare is what Switch does while the images are in use; Hold goes on to the moment that counts, and
 	// Release is the rest.
@@ -416,6 +419,16 @@ func (c *agentClient) Layers(ctx context.Context, in *ImageRequest, opts ...grpc
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	out := new(LayersResponse)
 	err := c.cc.Invoke(ctx, Agent_Layers_FullMethodName, in, out, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
+}
+
+func (c *agentClient) Encrypts(ctx context.Context, in *EncryptsRequest, opts ...grpc.CallOption) (*EncryptsResponse, error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	out := new(EncryptsResponse)
+	err := c.cc.Invoke(ctx, Agent_Encrypts_FullMethodName, in, out, cOpts...)
 	if err != nil {
 		return nil, err
 	}
@@ -656,6 +669,8 @@ type AgentServer interface {
 	Thaw(context.Context, *ImageRequest) (*ThawResponse, error)
 	Staged(context.Context, *ImageRequest) (*StagedResponse, error)
 	Layers(context.Context, *ImageRequest) (*LayersResponse, error)
+	// Encrypts says whether the node opens encrypted images.
+	Encrypts(context.Context, *EncryptsRequest) (*EncryptsResponse, error)
 	Switch(context.Context, *SwitchRequest) (*SwitchResponse, error)
 	// Prepare is what Switch does while the images are in use; Hold goes on to the moment that counts, and
 	// Release is the rest.
@@ -705,6 +720,9 @@ func (UnimplementedAgentServer) Staged(context.Context, *ImageRequest) (*StagedR
 }
 func (UnimplementedAgentServer) Layers(context.Context, *ImageRequest) (*LayersResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Layers not implemented")
+}
+func (UnimplementedAgentServer) Encrypts(context.Context, *EncryptsRequest) (*EncryptsResponse, error) {
+	return nil, status.Error(codes.Unimplemented, "method Encrypts not implemented")
 }
 func (UnimplementedAgentServer) Switch(context.Context, *SwitchRequest) (*SwitchResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method Switch not implemented")
@@ -885,6 +903,24 @@ func _Agent_Layers_Handler(srv interface{}, ctx context.Context, dec func(interf
 	}
 	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
 		return srv.(AgentServer).Layers(ctx, req.(*ImageRequest))
+	}
+	return interceptor(ctx, in, info, handler)
+}
+
+func _Agent_Encrypts_Handler(srv interface{}, ctx context.Context, dec func(interface{}) error, interceptor grpc.UnaryServerInterceptor) (interface{}, error) {
+	in := new(EncryptsRequest)
+	if err := dec(in); err != nil {
+		return nil, err
+	}
+	if interceptor == nil {
+		return srv.(AgentServer).Encrypts(ctx, in)
+	}
+	info := &grpc.UnaryServerInfo{
+		Server:     srv,
+		FullMethod: Agent_Encrypts_FullMethodName,
+	}
+	handler := func(ctx context.Context, req interface{}) (interface{}, error) {
+		return srv.(AgentServer).Encrypts(ctx, req.(*EncryptsRequest))
 	}
 	return interceptor(ctx, in, info, handler)
 }
@@ -1204,6 +1240,10 @@ var Agent_ServiceDesc = grpc.ServiceDesc{
 		{
 			MethodName: "Layers",
 			Handler:    _Agent_Layers_Handler,
+		},
+		{
+			MethodName: "Encrypts",
+			Handler:    _Agent_Encrypts_Handler,
 		},
 		{
 			MethodName: "Switch",

@@ -108,7 +108,7 @@ func TestTheCommandsOfINSTALL(t *testing.T) {
 				r.sh("kubectl delete pod huge --grace-period=0 && kubectl delete pvc lonely huge")
 			},
 			classes: func(string) {
-				symptom("hostPath type check failed", "kubectl -n quarry-system describe pods -l app.kubernetes.io/component=node")
+				symptom("hostPath type check failed", "kubectl -n quarry-system describe pods -l app.kubernetes.io/component=node --show-events")
 				r.mountDisks(r.nodes...)
 			},
 			snapshot: func(string) { r.restoresAndClones() },
