@@ -119,8 +119,8 @@ func (m *Manager) importVolume(ctx context.Context, op *operation, d *domain, r 
 			return m.view(img), err
 		}
 	}
-	if err := m.allOpen(); err != nil {
-		return Image{}, err // the name may be taken where nobody can look
+	if err := m.allOpen(d.cfg.Name); err != nil {
+		return Image{}, err // the name may be taken where nobody can look, as for a new volume
 	}
 	op.stepf("looking at %s", r.Source)
 	found, rec, err := d.importable(ctx, r)

@@ -75,6 +75,22 @@ func TestAFileBecomesAVolume(t *testing.T) {
 	r.empty("a")
 }
 
+// A domain that cannot be opened is in the way of no other one's imports; one of the same name, on another
+// node, may have the volume.
+func TestAnImportIsNoMatterOfOtherDomains(t *testing.T) {
+	r := newRig(t, "a").start()
+	r.legacy("a", "disk.img", "ext4", 64*mib)
+	req := image.ImportRequest{Name: "legacy", Domain: "a", Source: "disk.img"}
+	away := fault.New(fault.NotFound, "no such volume group")
+	r.Unopened(image.DomainConfig{Name: "pool", Node: "n1"}, away)
+	r.Unopened(image.DomainConfig{Name: "a", Node: "n2"}, away)
+	_, err := r.Import(r.ctx, req)
+	r.is(err, fault.Unavailable)
+	r.Gone(image.DomainConfig{Name: "a", Node: "n2"})
+	_, err = r.Import(r.ctx, req)
+	r.must(err)
+}
+
 func TestAnImportThatCannotBeLeavesTheFileAlone(t *testing.T) {
 	r := newRig(t, "a").start()
 	ext4 := r.legacy("a", "ext4.img", "ext4", 64*mib)

@@ -34,11 +34,15 @@ func TestAStormOfClaims(t *testing.T) {
 	r := newRig(t)
 	floor := r.serveEmpty()
 	rates := map[string]float64{}
-	for round, class := range []string{classShared, floor, floor, classShared} {
+	rounds := []string{classShared, floor, floor, classShared}
+	if many >= 100 {
+		rounds = rounds[:2] // long enough by itself
+	}
+	for round, class := range rounds {
 		took, all, pods := r.storm(fmt.Sprintf("storm%d", round), class, many)
 		slices.Sort(took)
 		rate := float64(many) / all.Minutes()
-		rates[class] += rate / 2
+		rates[class] += rate / float64(len(rounds)/2)
 		r.Logf("%-12.12s %d claims: %.0f a minute, p50 %s, p99 %s, beside %d starts of pods", class, many, rate,
 			took[many/2].Round(time.Millisecond), took[min(many-1, many*99/100)].Round(time.Millisecond), pods)
 	}

@@ -5,7 +5,10 @@ import (
 	"testing"
 )
 
-const others = "a target of its own"
+const (
+	others   = "a target of its own"
+	inTheLab = "it needs device-mapper: cmd/quarry runs it in the kernel lab"
+)
 
 // TestTheCommandsOfREADME: Quarry on a directory of one machine.
 func TestTheCommandsOfREADME(t *testing.T) {
@@ -66,6 +69,7 @@ func TestTheCommandsOfOPERATIONSForOneMachine(t *testing.T) {
 		},
 		sections: map[string]string{
 			"Looking and mending: kubectl quarry": elsewhere, "Controller and agents": elsewhere, "When the file changes": elsewhere, "Which way an operation takes": elsewhere,
+			"A logical volume":      inTheLab,
 			"Errors and what to do": elsewhere, "Events in Kubernetes": elsewhere,
 		},
 		blocks: operationsBlocks(),

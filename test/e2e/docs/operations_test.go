@@ -59,6 +59,7 @@ func (r *reader) operate() {
 			"Running it":            "one machine without Kubernetes: test/behaviour and cmd/quarry run it",
 			"Controller and agents": "the chart starts them",
 			"When the file changes": "the text names programs",
+			"A logical volume":      inTheLab,
 		},
 		not: map[string]string{
 			"kubectl quarry import legacy --domain local --source disk.img --dry-run": "one machine without Kubernetes: cmd/kubectl-quarry and test/behaviour run it",
