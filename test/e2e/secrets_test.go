@@ -65,7 +65,7 @@ func TestNoSecretIsInAnyLog(t *testing.T) {
 	known := middle(r, keys["ca.crt"])
 	found := false
 	for container, log := range logs {
-		if !highest(log) {
+		if !highest(log) && !waits(log) {
 			r.Errorf("%s does not say as much as it could", container)
 		}
 		for whose, secret := range secrets {
@@ -192,6 +192,11 @@ var (
 func highest(log []byte) bool {
 	return bytes.Contains(log, []byte("Response Body")) || bytes.Contains(log, []byte(`"Response"`)) || bytes.Contains(log, []byte("GRPC request")) ||
 		bytes.Contains(log, []byte(`"Call" `)) || bytes.Contains(log, []byte(`"curl -`))
+}
+
+// waits says whether a sidecar had nothing to say yet: beside a controller that does not lead there is no driver to connect to.
+func waits(log []byte) bool {
+	return bytes.Contains(log, []byte(`"Connecting" address="unix://`)) && !bytes.Contains(log, []byte("GRPC call"))
 }
 
 // says whether a log has a text: as it is, as base64 wherever it stands in what was encoded, in
