@@ -156,7 +156,11 @@ func TestTheCommandsOfINSTALL(t *testing.T) {
 		after: map[string]func(string){inOne: func(string) {
 			r.sh("kubectl -n quarry-system rollout status deployment/quarry-controller && " + rollout + " && " + uninst + " --wait && kubectl delete namespace quarry-system")
 		}},
-		not:    map[string]string{"helm template": "the text names it; test/chart renders with it"},
+		not: map[string]string{
+			"helm template":     "the text names it; test/chart renders with it",
+			"quarry controller": "the text names the program",
+			"quarry node":       "the text names the program",
+		},
 		blocks: map[string]string{"ghcr.io/": "the list of images: test/chart compares it"},
 	})
 	if rollouts != 2 {
