@@ -407,7 +407,8 @@ func (c *leader) joined(node string) {
 
 // open opens a domain on nodes.
 func (c *leader) open(ctx context.Context, e domain.Entry, node string) (engine.Engine, func(context.Context, string) error, error) {
-	d, err := c.hub.OpenDomain(ctx, agent.DomainSpec{Name: e.Name, Engine: e.Engine, Params: e.Params, Secrets: e.Secrets, Node: node})
+	kind, params := e.ForNode()
+	d, err := c.hub.OpenDomain(ctx, agent.DomainSpec{Name: e.Name, Engine: kind, Params: params, Secrets: e.Secrets, Node: node})
 	if err != nil {
 		return nil, nil, fault.In(err, "open", e.Name, "")
 	}

@@ -14,8 +14,6 @@ import (
 
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
-
-	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
 // version is set by the linker.
@@ -44,8 +42,7 @@ func newRoot(out io.Writer) *cobra.Command {
 	for _, name := range []string{"v", "vmodule"} {
 		root.PersistentFlags().AddGoFlag(flags.Lookup(name))
 	}
-	root.AddCommand(standaloneCommand(), controllerCommand(), nodeCommand(),
-		notYet("engine", "an engine in a process of its own"),
+	root.AddCommand(standaloneCommand(), controllerCommand(), nodeCommand(), engineCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Show the version", Args: cobra.NoArgs,
 			RunE: func(*cobra.Command, []string) error {
@@ -54,14 +51,4 @@ func newRoot(out io.Writer) *cobra.Command {
 			},
 		})
 	return root
-}
-
-// notYet is a role that DESIGN names and this build lacks.
-func notYet(name, what string) *cobra.Command {
-	return &cobra.Command{
-		Use: name, Short: "(not in this build) " + what, DisableFlagParsing: true,
-		RunE: func(*cobra.Command, []string) error {
-			return fault.New(fault.Unsupported, `"quarry %s" (%s) is not in this build yet: "quarry standalone" is a complete driver for one node`, name, what)
-		},
-	}
 }

@@ -107,19 +107,7 @@ func TestABadConfigurationIsOneLineAndStatusOne(t *testing.T) {
 	}
 }
 
-func TestRolesThatAreMissingSayso(t *testing.T) {
-	for _, role := range []string{"engine"} {
-		var stderr bytes.Buffer
-		cmd := program(t.Context(), role, "--any", "flag")
-		cmd.Stderr = &stderr
-		var exit *exec.ExitError
-		if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 1 {
-			t.Errorf("%s: %v", role, err)
-		}
-		if !strings.HasPrefix(stderr.String(), `quarry: "quarry `+role+`" (`) || !strings.Contains(stderr.String(), "is not in this build yet") {
-			t.Errorf("%s: %s", role, stderr.String())
-		}
-	}
+func TestTheVersionIsShown(t *testing.T) {
 	if out, err := program(t.Context(), "version").Output(); err != nil || !strings.HasPrefix(string(out), "quarry dev (go") {
 		t.Errorf("version: %s, %v", out, err)
 	}
@@ -345,7 +333,7 @@ func TestADomainThatIsAwayIsTriedAgainAndHoldsNothingUp(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
 	m := &fakeManager{added: make(chan string, 2)}
-	o := &openers{manager: m, open: here(registry)}
+	o := &openers{manager: m, open: here(storages{registry: registry})}
 	if err := o.start(ctx, []domain.Entry{{Name: "a", Engine: "away"}, {Name: "h", Engine: "here"}}, "n1"); err != nil {
 		t.Fatal(err)
 	}

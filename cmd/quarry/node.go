@@ -105,16 +105,20 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 	}
 	defer flush()
 	registry, metrics := engines.Registry(host.Exec{}), newMetrics()
-	link, err := agent.NewLink(agent.LinkConfig{Node: o.nodeID, Release: version, Engines: registry.Engines(),
+	storages := storages{registry, o.nodeID, watchLimit}
+	link, err := agent.NewLink(agent.LinkConfig{Node: o.nodeID, Release: version, Engines: registry.OnNodes(),
 		Dial: dialer(o.controller, o.caFile), Token: tokenFrom(o.tokenFile),
 		Open: func(ctx context.Context, kind string, params, secrets map[string]string) (engine.Engine, error) {
-			if err := registry.CheckParams(kind, params); err != nil {
+			e, err := registry.FromNode(kind, params, secrets)
+			if err != nil {
 				return nil, err
 			}
-			if err := makeBelow(o.dataDir, params[registry[kind].Directory]); err != nil {
-				return nil, err
+			if e.Socket == "" {
+				if err := makeBelow(o.dataDir, e.Params[registry[kind].Directory]); err != nil {
+					return nil, err
+				}
 			}
-			return registry[kind].Open(ctx, params, secrets)
+			return storages.open(ctx, e)
 		}})
 	if err != nil {
 		return err

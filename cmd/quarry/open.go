@@ -60,10 +60,10 @@ type domainManager interface {
 	CloseDomain(ctx context.Context, cfg image.DomainConfig, reason error) error
 }
 
-// here opens storage in this process.
-func here(r domain.Registry) func(context.Context, domain.Entry, string) (engine.Engine, func(context.Context, string) error, error) {
+// here opens storage from this process.
+func here(s storages) func(context.Context, domain.Entry, string) (engine.Engine, func(context.Context, string) error, error) {
 	return func(ctx context.Context, e domain.Entry, _ string) (engine.Engine, func(context.Context, string) error, error) {
-		opened, err := r.Open(ctx, e)
+		opened, err := s.open(ctx, e)
 		return opened, nil, err
 	}
 }

@@ -129,7 +129,7 @@ func compare(have, want []domain.Entry) (d difference) {
 			d.added, d.removed = append(d.added, e), append(d.removed, have[i])
 		case !have[i].Equal(e):
 			d.changed = append(d.changed, e)
-			if have[i].Engine != e.Engine || !maps.Equal(have[i].Params, e.Params) {
+			if have[i].Engine != e.Engine || have[i].Socket != e.Socket || !maps.Equal(have[i].Params, e.Params) {
 				d.moved = append(d.moved, have[i])
 			}
 		}

@@ -83,7 +83,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 		})
 		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
 	}
-	opening := &openers{manager: manager, open: here(registry)}
+	opening := &openers{manager: manager, open: here(storages{registry, o.nodeID, watchLimit})}
 	// The manager closes when nobody asks it any more, and nothing is being opened.
 	stopped := func(err error) error {
 		opening.wait()

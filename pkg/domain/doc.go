@@ -6,6 +6,8 @@
 //	domains:
 //	- name: local                # a DNS label: the beginning of every handle
 //	  engine: dir                # a key of the Registry
+//	  process: true              # the engine has a process of its own
+//	  socket: /run/x/engine.sock # or is somebody else's process, of any type
 //	  params:                    # strings, as the engine declares them
 //	    path: /srv/quarry
 //	  defaults: allow            # or native-only: no capability by default work

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.yaml.in/yaml/v3"
@@ -17,7 +18,7 @@ import (
 // knownFields of a domain.
 func knownFields() []string {
 	return []string{
-		"name", "engine", "params", "defaults", "secretsFile", "scope",
+		"name", "engine", "socket", "process", "params", "defaults", "secretsFile", "scope",
 		"overcommit", "capacityLimit", "backgroundRate", "aliases", "takeOver",
 	}
 }
@@ -108,14 +109,8 @@ func readEntry(item place, reg Registry, dir string) (Entry, map[string]place, e
 		fields[name] = p
 	}
 	item.domain = e.Name
-	if e.Engine, err = required(item, fields, "engine"); err != nil {
+	if err := readEngine(item, fields, reg, &e); err != nil {
 		return e, nil, err
-	}
-	if err := reg.CheckParams(e.Engine, nil); err != nil {
-		return e, nil, fields["engine"].wrong("%w", err)
-	}
-	if e.Scope = reg[e.Engine].Scope; e.Scope == "" {
-		e.Scope = ScopeShared
 	}
 	for _, read := range []struct {
 		field string
@@ -153,11 +148,18 @@ func required(item place, fields map[string]place, name string) (string, error) 
 }
 
 func readParams(p place, reg Registry, e *Entry) error {
-	values, err := p.fields(slices.Sorted(maps.Keys(reg[e.Engine].params())))
+	known := slices.Sorted(maps.Keys(reg[e.Engine].params()))
+	if e.Socket != "" {
+		known = nil // only the process knows
+	}
+	values, err := p.fields(known)
 	if err != nil {
 		return err
 	}
 	for _, name := range slices.Sorted(maps.Keys(values)) {
+		if strings.HasPrefix(name, reserved) {
+			return values[name].wrong("is not allowed: names that begin with %s are Quarry's own", reserved)
+		}
 		if e.Params[name], err = values[name].text(); err != nil {
 			return err
 		}
@@ -270,7 +272,7 @@ func claimNames(e Entry, fields map[string]place, taken map[string]string) error
 // parameters. What it cannot see (two names of one server) is caught by the
 // domain's epoch.
 func sameStorage(reg Registry, a, b Entry) bool {
-	if a.Engine == b.Engine && maps.Equal(a.Params, b.Params) {
+	if a.Engine == b.Engine && a.Socket == b.Socket && maps.Equal(a.Params, b.Params) {
 		return true
 	}
 	pa, pb := a.Params[reg[a.Engine].Directory], b.Params[reg[b.Engine].Directory]

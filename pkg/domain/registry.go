@@ -29,8 +29,12 @@ type Factory struct {
 	// Scope that a domain has unless it says so itself; "" means ScopeShared.
 	Scope string
 	// Directory names the parameter that is a directory on this host, or is
-	// empty: no two domains may have the same one.
+	// empty: no two domains may have the same one. In a process of its own the
+	// engine writes there only.
 	Directory string
+	// Needs are the capabilities (capabilities(7), by number) that the engine has to have in a
+	// process of its own; nil: all.
+	Needs []uint
 }
 
 func (f Factory) params() map[string]string {
@@ -79,8 +83,13 @@ func (r Registry) Open(ctx context.Context, e Entry) (engine.Engine, error) {
 
 // Entry is one domain of the file, checked, with every default filled in.
 type Entry struct {
-	Name          string
-	Engine        string
+	Name string
+	// Engine is the type; SocketEngine where only the process at Socket knows.
+	Engine string
+	// Socket of somebody else's process that is the engine; "": none.
+	Socket string
+	// Process says that the engine has a process of its own, which Quarry starts.
+	Process       bool
 	Params        map[string]string
 	NativeOnly    bool
 	Scope         string // ScopeShared or ScopeNode
@@ -109,7 +118,7 @@ func (e Entry) Config(node string) image.DomainConfig {
 // SameStorage says whether two entries of one name open the same storage in the same way, so that
 // one can become the other while it is open.
 func (e Entry) SameStorage(o Entry) bool {
-	return e.Name == o.Name && e.Engine == o.Engine && e.Scope == o.Scope && maps.Equal(e.Params, o.Params) && maps.Equal(e.Secrets, o.Secrets)
+	return e.Name == o.Name && e.Engine == o.Engine && e.Socket == o.Socket && e.Process == o.Process && e.Scope == o.Scope && maps.Equal(e.Params, o.Params) && maps.Equal(e.Secrets, o.Secrets)
 }
 
 // Equal says whether two entries say the same.

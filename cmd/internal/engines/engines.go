@@ -5,6 +5,8 @@ package engines
 import (
 	"context"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/quarry-csi/quarry/pkg/domain"
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/engines/dir"
@@ -22,6 +24,9 @@ func Registry(run host.Runner) domain.Registry {
 			Params:    dir.Params,
 			Scope:     domain.ScopeNode,
 			Directory: "path",
+			// Trees are root's, and hold what anybody left in them; project quotas and
+			// subvolumes need CAP_SYS_ADMIN.
+			Needs: []uint{unix.CAP_CHOWN, unix.CAP_DAC_OVERRIDE, unix.CAP_FOWNER, unix.CAP_FSETID, unix.CAP_SYS_ADMIN},
 		},
 		"lvm": {
 			Open: func(ctx context.Context, params, _ map[string]string) (engine.Engine, error) {

@@ -38,25 +38,32 @@ type Harness struct {
 	// Slow says that a verb takes the better part of a second: what else is tried
 	// at every size and in many rounds is then tried at some sizes and in few.
 	Slow bool
+	// Behind says that the engine is behind a socket as it is: then it is not put behind
+	// another one.
+	Behind bool
 }
 
 // Run runs the suite.
 func Run(t *testing.T, h Harness) {
 	t.Run("native", func(t *testing.T) { suite{h}.run(t) })
-	t.Run("socket", func(t *testing.T) {
-		over := h
-		over.Domain = func(t testing.TB) func(t testing.TB) engine.Engine {
-			open := h.Domain(t)
-			return func(t testing.TB) engine.Engine { return overSocket(t, open(t)) }
-		}
-		suite{over}.run(t)
-	})
+	if !h.Behind {
+		t.Run("socket", func(t *testing.T) { overSockets(h).run(t) })
+	}
 	t.Run("minimal", func(t *testing.T) {
 		suite{Harness{Slow: h.Slow, Domain: func(t testing.TB) func(t testing.TB) engine.Engine {
 			open := h.Domain(t)
 			return func(t testing.TB) engine.Engine { return engine.Minimal(open(t)) }
 		}}}.run(t)
 	})
+}
+
+func overSockets(h Harness) suite {
+	over := h
+	over.Domain = func(t testing.TB) func(t testing.TB) engine.Engine {
+		open := h.Domain(t)
+		return func(t testing.TB) engine.Engine { return overSocket(t, open(t)) }
+	}
+	return suite{over}
 }
 
 type suite struct{ Harness }

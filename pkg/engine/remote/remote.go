@@ -7,12 +7,14 @@
 package remote
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"io"
 	"net"
 	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -36,6 +38,15 @@ type Config struct {
 	Client string
 	// Params and Secrets of the domain.
 	Params, Secrets map[string]string
+	// Engine is the type that the process must be of; "": any, but the same after it was restarted.
+	Engine string
+	// Watch is how long the process may leave a question about its health unanswered: then the
+	// connection is given up, and the next one made. Calls that take no time on any storage get a
+	// limit as well. 0: whoever dials sees to all that.
+	Watch time.Duration
+	// Why, if not nil, is asked after fault.Unavailable what is known of the process; it
+	// answers "" or what to add to the error.
+	Why func() string
 }
 
 // Socket dials a Unix socket.
@@ -55,12 +66,17 @@ type Engine struct {
 	engine     enginepb.EngineClient
 	modifyText map[string]string
 
+	unwatch func() // ends the watch, and waits for that
+
 	mu     sync.Mutex
+	last   net.Conn      // the connection made last
+	sick   error         // not nil while the process says that it does not serve
 	dials  int           // connections made
 	opened int           // the one at which the domain was opened last
 	id     string        // what Open answered
 	busy   chan struct{} // not nil while it is opened again; closed afterwards
 	about  string        // the engine's type and version
+	kind   string        // the engine's type
 }
 
 var (
@@ -85,18 +101,19 @@ const reconnectFirst, reconnectLast = 100 * time.Millisecond, 5 * time.Second
 // Open opens a domain. The errors are those of the engine; fault.Unavailable: the
 // process cannot be reached.
 func Open(ctx context.Context, cfg Config) (*Engine, error) {
-	e := &Engine{cfg: cfg}
+	e := &Engine{cfg: cfg, unwatch: func() {}}
 	conn, err := grpc.NewClient("passthrough:///engine", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			c, err := cfg.Dial(ctx)
 			if err == nil {
 				e.mu.Lock()
-				e.dials++
+				e.dials, e.last, e.sick = e.dials+1, c, nil
 				e.mu.Unlock()
 			}
 			return c, err
 		}),
 		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: reconnectFirst, Multiplier: 2, Jitter: 0.2, MaxDelay: reconnectLast}, MinConnectTimeout: reconnectLast}),
+		grpc.WithChainUnaryInterceptor(e.limited), grpc.WithIdleTimeout(0), // a domain stays open
 		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry())
 	if err != nil {
 		return nil, fault.Wrap(fault.Internal, err)
@@ -110,6 +127,9 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 		e.caps = append(e.caps, engine.Capability(c))
 	}
 	e.modifyText = r.GetModifyParams()
+	if cfg.Watch > 0 {
+		e.watch()
+	}
 	return e, nil
 }
 
@@ -117,14 +137,18 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 func (e *Engine) open(ctx context.Context) (*enginepb.OpenResponse, error) {
 	r, err := e.engine.Open(ctx, &enginepb.OpenRequest{Versions: []uint32{enginepb.Version}, Client: e.cfg.Client, Params: e.cfg.Params, Secrets: e.cfg.Secrets})
 	if err != nil {
-		return nil, rpcfault.FromStatus(err)
+		return nil, e.failed(err)
 	}
 	if r.GetVersion() != enginepb.Version || r.GetDomain() == "" {
 		return nil, garbage("Open", "version %d and domain %q; version %d and a name for the domain were expected", r.GetVersion(), r.GetDomain(), enginepb.Version)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.id, e.about = r.GetDomain(), r.GetEngine()+" "+r.GetRelease()
+	want := cmp.Or(e.kind, e.cfg.Engine)
+	if want != "" && r.GetEngine() != want {
+		return nil, fault.New(fault.Invalid, "the engine says that it is %q: %q was expected", r.GetEngine(), want)
+	}
+	e.id, e.kind, e.about = r.GetDomain(), r.GetEngine(), strings.TrimSpace(r.GetEngine()+" "+r.GetRelease())
 	return r, nil
 }
 
@@ -140,6 +164,10 @@ func (e *Engine) About() string {
 func (e *Engine) domain(ctx context.Context) (string, error) {
 	for {
 		e.mu.Lock()
+		if err := e.sick; err != nil {
+			e.mu.Unlock()
+			return "", err
+		}
 		// Without a connection the next one is made first: it may be to a process that was
 		// restarted, and has nothing open.
 		if e.id != "" && e.dials == e.opened && e.conn.GetState() == connectivity.Ready {
@@ -177,7 +205,10 @@ func (e *Engine) Reconnect() { e.conn.ResetConnectBackoff() }
 
 // Leave ends the connection and leaves the domain open on the other side, for the next
 // one who opens it as the same client.
-func (e *Engine) Leave() error { return e.conn.Close() }
+func (e *Engine) Leave() error {
+	e.unwatch()
+	return e.conn.Close()
+}
 
 // again opens the domain until a connection has lasted from before to after it.
 func (e *Engine) again(ctx context.Context) (*enginepb.OpenResponse, error) {
@@ -210,6 +241,11 @@ func (e *Engine) failed(err error) error {
 		e.mu.Lock()
 		e.opened = -1
 		e.mu.Unlock()
+		if e.cfg.Why != nil {
+			if why := e.cfg.Why(); why != "" {
+				err = fault.New(fault.Unavailable, "%s: %w", why, err)
+			}
+		}
 	}
 	return err
 }
@@ -227,6 +263,7 @@ const closeLimit = 10 * time.Second
 
 // Close implements engine.Engine. A process that has gone needs no goodbye.
 func (e *Engine) Close() error {
+	e.unwatch()
 	ctx, cancel := context.WithTimeout(context.Background(), closeLimit)
 	defer cancel()
 	e.mu.Lock()
@@ -303,7 +340,7 @@ func (e *Engine) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := e.limit(ctx, verbLimit)
 	defer cancel()
 	stream, err := e.engine.ListSlabs(ctx, &enginepb.ListSlabsRequest{Domain: id})
 	var out []engine.Slab
@@ -352,7 +389,7 @@ func (e *Engine) ListTags(ctx context.Context, prefix string) ([]engine.Tag, err
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := e.limit(ctx, verbLimit)
 	defer cancel()
 	stream, err := e.engine.ListTags(ctx, &enginepb.ListTagsRequest{Domain: id, Prefix: prefix})
 	var out []engine.Tag

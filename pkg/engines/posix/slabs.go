@@ -424,13 +424,18 @@ func MakeData(wrapper *os.File) error {
 	return nil
 }
 
-// initData gives a new data directory its mode, whatever the umask, durably.
+// initData gives a new data directory to root and its mode, whatever the umask, durably.
 func initData(wrapper *os.File, spec engine.SlabSpec) error {
 	mode, err := modeOf(spec)
 	if err != nil {
 		return err
 	}
 	return OpenData(wrapper, func(data *os.File) error {
+		if os.Geteuid() != 0 { // an engine with a user of its own, or somebody without any privilege
+			if err := data.Chown(0, 0); err != nil && !errors.Is(err, unix.EPERM) {
+				return err
+			}
+		}
 		if err := unix.Fchmod(int(data.Fd()), mode); err != nil { // os.Chmod takes its special bits elsewhere
 			return &os.PathError{Op: "chmod", Path: data.Name(), Err: err}
 		}

@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"k8s.io/klog/v2"
+
+	"github.com/quarry-csi/quarry/pkg/domain"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/engine/remote"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+)
+
+// watchLimit is how long an engine's process may be silent about its health before its
+// connection is given up, and the process killed if it is Quarry's. hack/adr/0026.
+const watchLimit = 30 * time.Second
+
+// storages open domains: in this process, in one of their own, or behind a socket.
+type storages struct {
+	registry domain.Registry
+	node     string
+	watch    time.Duration
+}
+
+// open opens the storage of an entry.
+func (s storages) open(ctx context.Context, e domain.Entry) (engine.Engine, error) {
+	var opened engine.Engine
+	var err error
+	switch {
+	case e.Socket != "":
+		opened, err = s.behindSocket(ctx, e)
+	case e.Process:
+		opened, err = s.inProcess(ctx, e)
+	default:
+		return s.registry.Open(ctx, e)
+	}
+	if err != nil {
+		return nil, fault.In(err, "open", e.Name, "")
+	}
+	return opened, nil
+}
+
+// apart is an engine in another process.
+type apart struct {
+	*remote.Engine
+	where string // for people
+	stop  func()
+}
+
+// Describe implements engine.Engine.
+func (a apart) Describe(ctx context.Context) (engine.Description, error) {
+	d, err := a.Engine.Describe(ctx)
+	d.Notes = append(d.Notes, fmt.Sprintf("engine %s, %s", a.About(), a.where))
+	return d, err
+}
+
+// Close implements engine.Engine.
+func (a apart) Close() error {
+	err := a.Engine.Close()
+	a.stop()
+	return err
+}
+
+func (s storages) config(e domain.Entry) remote.Config {
+	c := remote.Config{Client: "quarry/" + s.node + "/" + e.Name, Params: e.Params, Secrets: e.Secrets, Watch: s.watch}
+	if e.Engine != domain.SocketEngine {
+		c.Engine = e.Engine
+	}
+	return c
+}
+
+// behindSocket opens a domain in somebody else's process.
+func (s storages) behindSocket(ctx context.Context, e domain.Entry) (engine.Engine, error) {
+	cfg := s.config(e)
+	cfg.Dial = remote.Socket(e.Socket)
+	cfg.Why = func() string { return "socket " + e.Socket }
+	switch info, err := os.Stat(e.Socket); {
+	case errors.Is(err, os.ErrNotExist): // it may come
+		return nil, fault.New(fault.Unavailable, "socket %s: nothing is there: start the engine's process, or correct the path", e.Socket)
+	case err != nil:
+		return nil, fault.New(fault.Unavailable, "socket: %w", err)
+	case info.Mode().Type() != os.ModeSocket:
+		return nil, fault.New(fault.Invalid, "socket %s is not a socket: the path at which an engine's process listens is needed", e.Socket)
+	}
+	r, err := remote.Open(ctx, cfg)
+	if err != nil {
+		return nil, behind(e.Socket, err)
+	}
+	return apart{r, "at socket " + e.Socket, func() {}}, nil
+}
+
+// behind says what an error of Open means of a socket.
+func behind(socket string, err error) error {
+	switch {
+	case errors.Is(err, fault.Unsupported):
+		return fault.New(fault.Unsupported, "socket %s: what listens there does not serve version 1 of quarry.engine.v1: %w", socket, err)
+	case errors.Is(err, fault.Unavailable): // says so already
+		return err
+	}
+	return fault.New(fault.KindOf(err), "socket %s: %w", socket, err)
+}
+
+// inProcess starts a process for a domain.
+func (s storages) inProcess(ctx context.Context, e domain.Entry) (engine.Engine, error) {
+	if err := s.registry.CheckParams(e.Engine, e.Params); err != nil {
+		return nil, err
+	}
+	f := s.registry[e.Engine]
+	p := &engineProcess{log: klog.FromContext(ctx).WithValues("domain", e.Name, "engine", e.Engine),
+		config: host.ChildConfig{Name: "/proc/self/exe", Args: []string{"engine", e.Engine, "--inherited"}, Capabilities: f.Needs}}
+	if dir := e.Params[f.Directory]; dir != "" && f.Needs != nil {
+		p.config.Args = append(p.config.Args, "--writable", dir)
+		// What it makes belongs to whom the directory belongs.
+		if info, err := os.Stat(dir); err == nil {
+			if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
+				p.config.UID, p.config.GID = st.Uid, st.Gid
+			}
+		}
+	}
+	p.config.Said = func(line string) { p.log.Info("An engine's process says", "line", line) }
+	cfg := s.config(e)
+	cfg.Dial, cfg.Why = p.dial, p.why
+	r, err := remote.Open(ctx, cfg)
+	if err != nil {
+		p.stop()
+		return nil, err
+	}
+	return apart{r, fmt.Sprintf("in a process of its own, as user %d", p.config.UID), p.stop}, nil
+}
+
+// engineProcess is an engine's: each connection is to a new one. Whoever dials has lost the one
+// before, which has ended, or hangs.
+type engineProcess struct {
+	config host.ChildConfig
+	log    klog.Logger
+
+	mu      sync.Mutex
+	child   *host.Child
+	stopped bool
+}
+
+// exitPatience is how long a process may take to end after its connection was closed.
+const exitPatience = 5 * time.Second
+
+func (p *engineProcess) dial(context.Context) (net.Conn, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.stopped {
+		return nil, fault.New(fault.Unavailable, "the domain was closed")
+	}
+	if p.child != nil {
+		how := p.child.Ended()
+		if how == "" {
+			how = "killed, because it did not answer"
+		}
+		if !p.child.Kill(0) {
+			how = "it hangs in the kernel, and is left behind"
+		}
+		p.log.Info("An engine's process is started again", "pid", p.child.PID(), "ended", how)
+	}
+	child, conn, err := host.StartChild(p.config)
+	if err != nil {
+		return nil, err
+	}
+	p.child = child
+	p.log.Info("An engine's process has started", "pid", child.PID(), "user", p.config.UID)
+	return conn, nil
+}
+
+// why says what is known of a process that does not answer.
+func (p *engineProcess) why() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.child == nil {
+		return ""
+	}
+	how := p.child.Ended()
+	if how == "" {
+		return ""
+	}
+	return "the engine's process ended with " + how
+}
+
+// stop ends it for good. Its connection was closed.
+func (p *engineProcess) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.stopped = true
+	if p.child != nil && !p.child.Kill(exitPatience) {
+		p.log.Info("An engine's process hangs in the kernel, and is left behind", "pid", p.child.PID())
+	}
+}

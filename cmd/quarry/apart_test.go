@@ -1,0 +1,448 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+
+	"github.com/quarry-csi/quarry/cmd/internal/engines"
+	"github.com/quarry-csi/quarry/pkg/domain"
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/engine/enginepb"
+	"github.com/quarry-csi/quarry/pkg/engine/enginetest"
+	"github.com/quarry-csi/quarry/pkg/engine/serve"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
+)
+
+// eventually waits for a condition.
+func eventually(t *testing.T, what string, is func() bool) {
+	t.Helper()
+	for end := time.Now().Add(time.Minute); !is(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it did not happen: " + what)
+		}
+	}
+}
+
+// testStorages are those of a program; the engines' processes are this one again.
+func testStorages(t *testing.T) storages {
+	t.Helper()
+	t.Setenv(asQuarry, "1")
+	return storages{engines.Registry(host.Exec{}), "n1", watchLimit}
+}
+
+// shortDir is for sockets, whose paths may have 107 bytes only.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "q-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// openApart opens a domain and closes it when the test ends.
+func openApart(t *testing.T, s storages, e domain.Entry) engine.Engine {
+	t.Helper()
+	opened, err := s.open(t.Context(), e)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := opened.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return opened
+}
+
+// child is the process of an engine that was opened with process: true.
+func child(t *testing.T, e engine.Engine) int {
+	t.Helper()
+	d, err := e.Describe(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range d.Notes {
+		if strings.Contains(n, "in a process of its own") {
+			var pids []int
+			all, _ := filepath.Glob("/proc/[0-9]*/stat")
+			for _, path := range all {
+				stat, _ := os.ReadFile(path)
+				fields := strings.Fields(string(stat[strings.LastIndexByte(string(stat), ')')+1:]))
+				if len(fields) > 1 && fields[1] == strconv.Itoa(os.Getpid()) && fields[0] != "Z" {
+					pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(path)))
+					pids = append(pids, pid)
+				}
+			}
+			if len(pids) != 1 {
+				t.Fatalf("processes %v", pids)
+			}
+			return pids[0]
+		}
+	}
+	t.Fatalf("it is not in a process: %q", d.Notes)
+	return 0
+}
+
+// TestAnEngineInAProcessOfItsOwnConforms: confined, and as another user as well.
+func TestAnEngineInAProcessOfItsOwnConforms(t *testing.T) {
+	needRoot(t, "confining a process")
+	for name, owner := range map[string]int{"root": 0, "a user": 4711} {
+		t.Run(name, func(t *testing.T) {
+			s := testStorages(t)
+			base := shortDir(t)
+			if err := os.Chmod(base, 0o755); err != nil {
+				t.Fatal(err)
+			}
+			n := 0
+			domain := func(t testing.TB) func(testing.TB) engine.Engine {
+				n++
+				e := domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": fmt.Sprintf("%s/%d", base, n)}}
+				if err := errors.Join(os.Mkdir(e.Params["path"], 0o700), os.Chown(e.Params["path"], owner, owner)); err != nil {
+					t.Fatal(err)
+				}
+				return func(t testing.TB) engine.Engine {
+					opened, err := s.open(context.Background(), e)
+					if err != nil {
+						t.Fatal(err)
+					}
+					return opened
+				}
+			}
+			probe := domain(t)(t)
+			expect := engine.Discover(probe).List()
+			if err := probe.Close(); err != nil {
+				t.Fatal(err)
+			}
+			enginetest.Run(t, enginetest.Harness{Domain: domain, Expect: expect, Behind: true})
+		})
+	}
+}
+
+func TestAnEnginesProcessHasWhatItNeedsAndNoMore(t *testing.T) {
+	needRoot(t, "confining a process")
+	s := testStorages(t)
+	for _, owner := range []int{0, 4711} {
+		t.Run(strconv.Itoa(owner), func(t *testing.T) {
+			dir := shortDir(t)
+			if err := errors.Join(os.Mkdir(dir+"/d", 0o700), os.Chmod(dir, 0o755), os.Chown(dir+"/d", owner, owner)); err != nil {
+				t.Fatal(err)
+			}
+			e := openApart(t, s, domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": dir + "/d"}})
+			said, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", child(t, e)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want uint64
+			for _, n := range s.registry["dir"].Needs {
+				want |= 1 << n
+			}
+			for _, line := range []string{fmt.Sprintf("CapPrm:\t%016x", want), fmt.Sprintf("CapEff:\t%016x", want), fmt.Sprintf("CapBnd:\t%016x", want),
+				fmt.Sprintf("Uid:\t%d\t%[1]d", owner), fmt.Sprintf("Gid:\t%d\t%[1]d", owner), "Groups:\t", "NoNewPrivs:\t1"} {
+				if owner != 0 && strings.HasPrefix(line, "CapBnd") {
+					continue // it needs CAP_SETPCAP to be dropped, and no program gets new privileges
+				}
+				if !strings.Contains(string(said), line) {
+					t.Errorf("no %q in\n%s", line, said)
+				}
+			}
+			if err := e.CreateSlab(t.Context(), engine.SlabSpec{ID: "tree", Kind: engine.Tree, Size: 1 << 20}); err != nil {
+				t.Fatal(err)
+			}
+			a, err := e.AttachSlab(t.Context(), "tree", engine.AttachOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if info, err := os.Stat(a.Path); err != nil || info.Sys().(*syscall.Stat_t).Uid != 0 || info.Mode().Perm() != 0o755 {
+				t.Errorf("the tree is %v, %v", info, err)
+			}
+		})
+	}
+}
+
+// TestAnEnginesProcessThatEndsOrHangsIsReplaced: what it was asked fails as one that cannot be
+// reached, and goes on afterwards.
+func TestAnEnginesProcessThatEndsOrHangsIsReplaced(t *testing.T) {
+	needRoot(t, "confining a process")
+	s := testStorages(t)
+	s.watch = 3 * time.Second
+	dir := shortDir(t)
+	e := openApart(t, s, domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": dir}})
+	for i, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGKILL} {
+		before := child(t, e)
+		if err := syscall.Kill(before, signal); err != nil {
+			t.Fatal(err)
+		}
+		tag := engine.Tag{Name: fmt.Sprintf("t.%d", i), Record: []byte(signal.String())}
+		eventually(t, "a tag is created after "+signal.String(), func() bool {
+			err := e.CreateTag(t.Context(), tag) // waits for one that is stopped
+			if err != nil && !errors.Is(err, fault.Unavailable) {
+				t.Fatal(err)
+			}
+			return err == nil
+		})
+		if now := child(t, e); now == before {
+			t.Errorf("process %d was not replaced after %s", now, signal)
+		}
+		if tags, err := e.ListTags(t.Context(), "t."); err != nil || len(tags) != i+1 {
+			t.Errorf("tags %v, %v", tags, err)
+		}
+	}
+}
+
+// farAndNear are a domain whose engine is another process, and one that is not.
+const farAndNear = `domains:
+- name: near
+  engine: dir
+  params: {path: "{STORAGE}/near"}
+- name: far
+  %s
+  params: {path: "{STORAGE}/far"}
+`
+
+// standing is a standalone with two domains, and its CSI.
+type standing struct {
+	t *testing.T
+	place
+	*running
+	csi.ControllerClient
+}
+
+func newStanding(t *testing.T, far func(storage string) string) *standing {
+	t.Helper()
+	s := &standing{t: t, place: newPlace(t, "")}
+	text := fmt.Sprintf(strings.ReplaceAll(farAndNear, "{STORAGE}", s.storage), far(s.storage))
+	if err := errors.Join(os.Mkdir(s.storage+"/near", 0o755), os.Mkdir(s.storage+"/far", 0o755), os.WriteFile(s.dir+"/domains.yaml", []byte(text), 0o600)); err != nil {
+		t.Fatal(err)
+	}
+	s.running = begin(t, "Serving CSI", s.args()...)
+	conn, err := grpc.NewClient("unix://"+s.dir+"/csi.sock", grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	s.ControllerClient = csi.NewControllerClient(conn)
+	return s
+}
+
+func (s *standing) create(name, in string) error {
+	_, err := s.CreateVolume(s.t.Context(), &csi.CreateVolumeRequest{Name: name, Parameters: map[string]string{"domain": in},
+		VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}})
+	return err
+}
+
+// unavailable checks that far does not answer, as one that is away, and near does.
+func (s *standing) unavailable(name string) {
+	s.t.Helper()
+	if err := s.create(name, "far"); status.Code(err) != codes.Unavailable {
+		s.t.Errorf("while the engine is away: %v", err)
+	}
+	if err := s.create(name+"-near", "near"); err != nil {
+		s.t.Errorf("the other domain: %v", err)
+	}
+}
+
+// resumes waits until what could not be done is done.
+func (s *standing) resumes(name string) {
+	s.t.Helper()
+	eventually(s.t, name+" is created", func() bool {
+		err := s.create(name, "far")
+		if err != nil && status.Code(err) != codes.Unavailable && status.Code(err) != codes.Aborted {
+			s.t.Fatalf("%v:\n%s", err, s.said())
+		}
+		return err == nil
+	})
+}
+
+func TestADomainBehindASocketOutlivesTheProcess(t *testing.T) {
+	needRoot(t, "quarry standalone")
+	socket := shortDir(t) + "/dir.sock"
+	start := func() *running { return begin(t, "Serving", "engine", "dir", "--socket", "unix://"+socket) }
+	far := start()
+	s := newStanding(t, func(string) string { return "socket: " + socket })
+	s.resumes("one")
+	if err := far.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-far.ended
+	s.unavailable("two")
+	far = start()
+	s.resumes("two")
+	if err := s.create("one", "far"); err != nil { // the same, found again
+		t.Error(err)
+	}
+	s.stop(t)
+	far.stop(t)
+	if _, err := os.Stat(socket); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the socket stays: %v", err)
+	}
+}
+
+func TestAProcessOfADomainEndsWithQuarryHoweverThatEnds(t *testing.T) {
+	needRoot(t, "quarry standalone")
+	s := newStanding(t, func(string) string { return "engine: dir\n  process: true" })
+	s.resumes("one")
+	started := regexp.MustCompile(`"An engine's process has started" .*pid=([0-9]+)`)
+	pid := func(r *running) int {
+		t.Helper()
+		found := started.FindAllStringSubmatch(r.said(), -1)
+		if len(found) == 0 {
+			t.Fatalf("no process was started:\n%s", r.said())
+		}
+		n, _ := strconv.Atoi(found[len(found)-1][1])
+		return n
+	}
+	first := pid(s.running)
+	if err := syscall.Kill(first, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	s.resumes("two")
+	if err := s.cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-s.ended
+	gone := func(pid int) func() bool {
+		return func() bool { return errors.Is(syscall.Kill(pid, 0), syscall.ESRCH) }
+	}
+	eventually(t, "the process ends with a killed Quarry", gone(pid(s.running)))
+	next := begin(t, "Serving CSI", s.args()...)
+	s.resumes("two")
+	next.stop(t)
+	eventually(t, "the process ends with Quarry", gone(pid(next)))
+}
+
+// older is an engine that speaks another version of the protocol.
+type older struct {
+	enginepb.UnimplementedEngineServer
+}
+
+func (older) Open(context.Context, *enginepb.OpenRequest) (*enginepb.OpenResponse, error) {
+	return &enginepb.OpenResponse{Version: 0, Domain: "d"}, nil
+}
+
+// TestWhatIsNoEngineIsRefusedWithTheReason, and nothing is changed.
+func TestWhatIsNoEngineIsRefusedWithTheReason(t *testing.T) {
+	dir := shortDir(t)
+	listen := func(name string, serve func(net.Listener)) {
+		l, err := net.Listen("unix", filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go serve(l)
+	}
+	listen("http", func(l net.Listener) { _ = http.Serve(l, http.NotFoundHandler()) })
+	listen("csi", func(l net.Listener) { _ = grpc.NewServer().Serve(l) })
+	listen("mute", func(net.Listener) {})
+	listen("closes", func(l net.Listener) {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			c.Close()
+		}
+	})
+	listen("older", func(l net.Listener) {
+		g := grpc.NewServer()
+		enginepb.RegisterEngineServer(g, older{})
+		_ = g.Serve(l)
+	})
+	listen("engine", func(l net.Listener) {
+		s := serve.New(serve.Config{Engine: "dir", Open: func(_ context.Context, params, _ map[string]string) (engine.Engine, error) {
+			return nil, fault.New(fault.Invalid, "parameter %q is unknown", params["x"])
+		}})
+		_ = s.Serve(context.WithoutCancel(t.Context()), l)
+	})
+	if err := os.WriteFile(dir+"/file", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	stale, err := net.ListenUnix("unix", &net.UnixAddr{Name: dir + "/stale", Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stale.SetUnlinkOnClose(false)
+	stale.Close()
+
+	s := storages{node: "n1", watch: 500 * time.Millisecond}
+	for name, want := range map[string]struct {
+		kind fault.Kind
+		text string
+	}{
+		"none":   {fault.Unavailable, "socket {DIR}/none: nothing is there: start the engine's process, or correct the path"},
+		"file":   {fault.Invalid, "socket {DIR}/file is not a socket"},
+		"stale":  {fault.Unavailable, "socket {DIR}/stale: connection error: desc = \"transport: Error while dialing: dial unix {DIR}/stale: connect: connection refused"},
+		"http":   {fault.Unavailable, "socket {DIR}/http: connection error: desc = \"error reading server preface"},
+		"closes": {fault.Unavailable, "socket {DIR}/closes: connection error"},
+		"mute":   {fault.Deadline, "socket {DIR}/mute: "},
+		"csi":    {fault.Unsupported, "socket {DIR}/csi: what listens there does not serve version 1 of quarry.engine.v1: unknown service quarry.engine.v1.Engine"},
+		"older":  {fault.Internal, "socket {DIR}/older: the engine answered Open with version 0 and domain \"d\"; version 1 and a name for the domain were expected"},
+		"engine": {fault.Invalid, "socket {DIR}/engine: parameter \"y\" is unknown"},
+	} {
+		ctx, cancel := t.Context(), context.CancelFunc(func() {})
+		if name == "mute" {
+			ctx, cancel = context.WithTimeout(ctx, time.Second)
+		}
+		_, err := s.open(ctx, domain.Entry{Name: "far", Engine: domain.SocketEngine, Socket: filepath.Join(dir, name), Params: map[string]string{"x": "y"}})
+		cancel()
+		text := "open in domain far: " + strings.ReplaceAll(want.text, "{DIR}", dir)
+		if !errors.Is(err, want.kind) || !strings.HasPrefix(err.Error(), text) {
+			t.Errorf("%s:\nhave %v (%v)\nwant %s (%v)", name, err, fault.KindOf(err), text, want.kind)
+		}
+	}
+}
+
+func TestAProcessOfAnotherTypeIsRefused(t *testing.T) {
+	socket := shortDir(t) + "/s"
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	server := serve.New(serve.Config{Engine: "other", Open: func(context.Context, map[string]string, map[string]string) (engine.Engine, error) {
+		return closable{}, nil
+	}})
+	go func() { ended <- server.Serve(ctx, l) }()
+	defer func() { cancel(); <-ended }()
+	_, err = storages{node: "n1", watch: time.Second}.open(t.Context(), domain.Entry{Name: "far", Engine: "dir", Socket: socket})
+	if want := `open in domain far: socket ` + socket + `: the engine says that it is "other": "dir" was expected`; !errors.Is(err, fault.Invalid) || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+}
+
+func TestQuarryEngineRefusesWhatCannotWork(t *testing.T) {
+	for args, want := range map[string]string{
+		"engine":                                 "accepts 1 arg(s), received 0",
+		"engine zfs --socket unix:///x":          `engine "zfs" is unknown: known are "dir", "lvm"`,
+		"engine dir":                             "--socket is needed: unix:///path",
+		"engine dir --socket tcp://:1":           `--socket: endpoint "tcp://:1": scheme "tcp" is not allowed: unix:///path`,
+		"engine dir --socket unix:///etc/passwd": "--socket: endpoint unix:///etc/passwd: there is a file that is not a socket: remove it or choose another path",
+	} {
+		var stderr strings.Builder
+		cmd := program(t.Context(), strings.Fields(args)...)
+		cmd.Stderr = &stderr
+		if err := cmd.Run(); err == nil || stderr.String() != "quarry: "+want+"\n" {
+			t.Errorf("%s: %v: %s", args, err, stderr.String())
+		}
+	}
+}
