@@ -2,13 +2,11 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"maps"
-	"os"
-	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -17,10 +15,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/quarry-csi/quarry/cmd/internal/engines"
-	"github.com/quarry-csi/quarry/pkg/domain"
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/engine/enginetest"
+	"github.com/quarry-csi/quarry/pkg/engine/remote"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 )
@@ -28,9 +25,14 @@ import (
 // suiteLimit is how long the conformance suite may take.
 const suiteLimit = 15 * time.Minute
 
+// silence is how long an engine's process may leave a question about its health unanswered.
+const silence = 30 * time.Second
+
 // rule is one line of the report. It fails when any of its parts does.
 type rule struct {
-	Mode   string   `json:"mode"` // "native" or "minimal": with every capability hidden
+	// Mode is "native"; "socket": the same behind one; "minimal": with every capability hidden;
+	// "protocol": what the engine protocol asks for.
+	Mode   string   `json:"mode"`
 	Rule   string   `json:"rule"`
 	Result string   `json:"result"` // "PASS", "FAIL" or "SKIP"
 	Took   string   `json:"took"`
@@ -48,81 +50,70 @@ type report struct {
 
 func (c *cli) engineCommand() *cobra.Command {
 	cmd := &cobra.Command{Use: "engine", Short: "Work on engines", Args: cobra.NoArgs, RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() }}
-	var params, expect []string
+	var said, expect []string
+	s := subject{}
 	check := &cobra.Command{
-		Use: "check ENGINE --param NAME=VALUE...", Short: "Try a real storage against every rule of the engine contract",
-		Long: `Try a real storage against every rule of the engine contract: first with all
-that the engine can do natively, then with all of that hidden. It needs no
-running Quarry. Everything happens in a new sub-directory, which is removed
-afterwards; what else is in the directory is not touched.
+		Use: "check [ENGINE] [--socket PATH] --param NAME=VALUE...", Short: "Try a real storage against every rule of the engine contract",
+		Long: `Try a real storage against every rule of the engine contract: with all that the
+engine can do natively, and with all of that hidden. It needs no running Quarry.
 
-This version checks engines that keep a domain in a directory: ` + strings.Join(checkable(), ", ") + `. An
-engine behind a socket comes in a later version.
+With --socket the engine is the process that listens there, in whatever language it
+is written, and what the engine protocol asks for is tried as well. It has to run on
+this machine, since slabs are written where it attaches them. ENGINE is then the type
+that it is expected to be, if given. Without --socket it is one of Quarry's own that
+keep a domain in a directory: ` + strings.Join(checkable(), ", ") + `.
+
+The suite needs many new, empty domains. Where a parameter is a directory
+(--directory), all happens in a new sub-directory of it, which is removed afterwards;
+what else is in the directory is not touched. Or write {} into the value of a
+parameter, for which each domain gets another name: the engine has to make such a
+domain when it is opened, and is left with it, empty.
 
 Exit status: 0, every rule is kept; 2, one is not; 1, it could not be tried.`,
 		Example: `  kubectl quarry engine check dir --param path=/mnt/try
-  kubectl quarry engine check dir --param path=/mnt/xfs --expect clone,snapshot,meter`,
-		Args: cobra.ExactArgs(1),
+  kubectl quarry engine check dir --param path=/mnt/xfs --expect clone,snapshot,meter
+  kubectl quarry engine check --socket /run/example/engine.sock --param path=/mnt/try
+  kubectl quarry engine check --socket /run/san/engine.sock --param pool=try-{} --secrets-file keys.yaml`,
+		Args: cobra.MaximumNArgs(1),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			return c.engineCheck(cmd.Context(), args[0], params, expect)
+			s.Engine = strings.Join(args, "")
+			return c.engineCheck(cmd.Context(), s, said, expect)
 		},
 	}
-	check.Flags().StringArrayVar(&params, "param", nil, "a parameter of the domain, NAME=VALUE; may be repeated")
-	check.Flags().StringSliceVar(&expect, "expect", nil, "fail unless the engine has exactly these capabilities here")
+	f := check.Flags()
+	f.StringVar(&s.Socket, "socket", "", "the Unix socket at which the engine's process listens")
+	f.StringArrayVar(&said, "param", nil, "a parameter of the domain, NAME=VALUE; may be repeated")
+	f.StringVar(&s.Directory, "directory", "path", "with --socket: the parameter that is a directory, if there is one of that name")
+	f.StringVar(&s.SecretsFile, "secrets-file", "", "with --socket: secrets of the domain, as the domains file takes them")
+	f.StringSliceVar(&expect, "expect", nil, "fail unless the engine has exactly these capabilities here")
 	suite := &cobra.Command{
-		Use: "run-suite ENGINE SCRATCH EXPECT", Hidden: true, Args: cobra.MinimumNArgs(3),
-		Run: func(_ *cobra.Command, args []string) { runSuite(args[0], args[1], args[2], args[3:]) },
+		Use: "run-suite SUBJECT EXPECT", Hidden: true, Args: cobra.ExactArgs(2),
+		RunE: func(_ *cobra.Command, args []string) error { return runSuite(args[0], args[1]) },
 	}
 	cmd.AddCommand(check, suite)
 	return cmd
 }
 
-// checkable names the engines that keep a domain in a directory.
-func checkable() []string {
-	reg := engines.Registry(host.Exec{})
-	return slices.DeleteFunc(reg.Engines(), func(name string) bool { return reg[name].Directory == "" })
-}
-
-func parseParams(said []string) (map[string]string, error) {
-	out := map[string]string{}
-	for _, p := range said {
-		name, value, ok := strings.Cut(p, "=")
-		if _, twice := out[name]; !ok || name == "" || twice {
-			return nil, fault.New(fault.Invalid, "--param %q: must be NAME=VALUE, once for each name", p)
-		}
-		out[name] = value
+func (c *cli) engineCheck(ctx context.Context, s subject, said, expect []string) (err error) {
+	if s.Params, err = parseParams(said); err != nil {
+		return err
 	}
-	return out, nil
-}
-
-func (c *cli) engineCheck(ctx context.Context, name string, said, expect []string) (err error) {
-	reg := engines.Registry(host.Exec{})
-	params, err := parseParams(said)
+	remove, err := s.prepare()
 	if err != nil {
 		return err
 	}
-	if err := reg.CheckParams(name, params); err != nil {
-		return err
-	}
-	where := reg[name].Directory
-	if where == "" {
-		return fault.New(fault.Unsupported, "engine %q does not keep a domain in a directory: this version checks %s", name, strings.Join(checkable(), ", "))
-	}
-	if !filepath.IsAbs(params[where]) {
-		return fault.New(fault.Invalid, "--param %s=%q: the absolute path of an existing directory is needed", where, params[where])
-	}
-	scratch, err := os.MkdirTemp(params[where], "quarry-engine-check-")
-	if err != nil {
-		return fault.New(fault.Invalid, "a directory to check in: %w", err)
-	}
-	defer func() { err = errors.Join(err, os.RemoveAll(scratch)) }()
+	defer func() { err = errors.Join(err, remove()) }()
 
-	r := report{Engine: name}
-	if err := r.describe(ctx, reg, params, where, scratch); err != nil {
+	r := report{Engine: s.Engine}
+	if err := r.describe(ctx, s); err != nil {
 		return err
+	}
+	told, err := json.Marshal(s)
+	if err != nil {
+		return fault.Wrap(fault.Internal, err)
 	}
 	// What vanishes between two openings is a failure too.
-	args := append([]string{"engine", "run-suite", "--", name, scratch, strings.Join(r.have(), ",")}, said...)
+	args := []string{"engine", "run-suite", "--", string(told), strings.Join(r.have(), ",")}
 	// The suite runs in a process of its own: it is made for Go's test runner,
 	// which ends its process, and an engine under test may do anything.
 	result, runErr := host.Exec{}.Run(ctx, host.Command{Name: "/proc/self/exe", Args: args, Timeout: suiteLimit})
@@ -136,7 +127,7 @@ func (c *cli) engineCheck(ctx context.Context, name string, said, expect []strin
 		return err
 	}
 	// Go's test runner ends with 0 or 1; anything else is an end before the last rule.
-	if result.ExitCode > 1 || len(r.Rules) == 0 {
+	if result.ExitCode > 1 || len(r.Rules) == 0 || result.ExitCode == 1 && len(failed) == 0 {
 		return fault.New(fault.Internal, "the suite broke off before its last rule: %v\n%s", runErr, result.Stderr)
 	}
 	if len(failed) > 0 {
@@ -146,18 +137,19 @@ func (c *cli) engineCheck(ctx context.Context, name string, said, expect []strin
 }
 
 // describe opens a domain once to learn what it is.
-func (r *report) describe(ctx context.Context, reg domain.Registry, params map[string]string, where, scratch string) error {
-	dir, err := os.MkdirTemp(scratch, "domain-")
-	if err != nil {
-		return fault.Wrap(fault.Internal, err)
-	}
-	e, err := openAt(ctx, reg, r.Engine, params, where, dir)
+func (r *report) describe(ctx context.Context, s subject) error {
+	params, end, err := s.domain(ctx)
 	if err != nil {
 		return err
 	}
+	e, about, err := s.open(ctx, params, "check")
+	if err != nil {
+		return err // there is nothing to end
+	}
+	r.Engine = about
 	d, err := e.Describe(ctx)
 	r.Location, r.Notes, r.Capabilities = d.Location, d.Notes, engine.Discover(e).List()
-	return errors.Join(err, e.Close())
+	return errors.Join(err, e.Close(), end())
 }
 
 func (r *report) have() []string {
@@ -182,28 +174,29 @@ func (r *report) expected(want []string) []rule {
 	return []rule{out}
 }
 
-// openAt opens a domain with params, but in dir.
-func openAt(ctx context.Context, reg domain.Registry, name string, params map[string]string, where, dir string) (engine.Engine, error) {
-	at := maps.Clone(params)
-	at[where] = dir
-	return reg.Open(ctx, domain.Entry{Name: "check", Engine: name, Params: at})
-}
-
 // runSuite is the child process: Go's test runner, which ends it.
-func runSuite(name, scratch, expect string, said []string) {
-	reg := engines.Registry(host.Exec{})
-	where := reg[name].Directory
-	h := enginetest.Harness{Domain: func(t testing.TB) func(testing.TB) engine.Engine {
-		params, err := parseParams(said)
+func runSuite(told, expect string) error {
+	var s subject
+	if err := json.Unmarshal([]byte(told), &s); err != nil {
+		return fault.Wrap(fault.Invalid, err)
+	}
+	newDomain := func(t testing.TB) map[string]string {
+		params, end, err := s.domain(context.Background())
 		if err != nil {
 			t.Fatal(err)
 		}
-		dir, err := os.MkdirTemp(scratch, "domain-")
-		if err != nil {
-			t.Fatal(err)
-		}
+		t.Cleanup(func() {
+			if err := end(); err != nil {
+				t.Error(err)
+			}
+		})
+		return params
+	}
+	h := enginetest.Harness{Behind: s.Socket != "", Domain: func(t testing.TB) func(testing.TB) engine.Engine {
+		params, opened := newDomain(t), 0
 		return func(t testing.TB) engine.Engine {
-			e, err := openAt(context.Background(), reg, name, params, where, dir)
+			opened++
+			e, _, err := s.open(context.Background(), params, fmt.Sprintf("check-%d", opened))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -213,17 +206,29 @@ func runSuite(name, scratch, expect string, said []string) {
 	for _, c := range strings.FieldsFunc(expect, func(r rune) bool { return r == ',' }) {
 		h.Expect = append(h.Expect, engine.Capability(c))
 	}
+	all := func(t *testing.T) {
+		enginetest.Run(t, h)
+		if s.Socket != "" {
+			secrets, err := s.secrets()
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Run("protocol", func(t *testing.T) {
+				enginetest.RunProtocol(t, enginetest.Protocol{Dial: remote.Socket(s.Socket), Params: newDomain, Secrets: secrets})
+			})
+		}
+	}
 	testing.Init()
 	if err := flag.CommandLine.Parse([]string{"-test.v"}); err != nil {
 		panic(err) // flags of this very line
 	}
-	testing.Main(func(string, string) (bool, error) { return true, nil },
-		[]testing.InternalTest{{Name: "rules", F: func(t *testing.T) { enginetest.Run(t, h) }}}, nil, nil)
+	testing.Main(func(string, string) (bool, error) { return true, nil }, []testing.InternalTest{{Name: "rules", F: all}}, nil, nil)
+	return nil
 }
 
 var (
-	ended = regexp.MustCompile(`^\s*--- (PASS|FAIL|SKIP): rules/(native|minimal)/([^/ ]+)(/\S+)? \(([0-9.]+s)\)$`)
-	begun = regexp.MustCompile(`^=== (?:RUN|NAME|CONT|PAUSE)\s+rules(?:/(native|minimal)/([^/ ]+)(/\S+)?)?`)
+	ended = regexp.MustCompile(`^\s*--- (PASS|FAIL|SKIP): rules/(native|socket|minimal|protocol)/([^/ ]+)(/\S+)? \(([0-9.]+s)\)$`)
+	begun = regexp.MustCompile(`^=== (?:RUN|NAME|CONT|PAUSE)\s+rules(?:/(native|socket|minimal|protocol)/([^/ ]+)(/\S+)?)?`)
 )
 
 // parseReport reads what Go's test runner prints with -test.v: what a test says

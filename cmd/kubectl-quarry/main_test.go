@@ -263,6 +263,13 @@ func TestExitStatus(t *testing.T) {
 		"engine check dir --param p":  {1, `error: --param "p": must be NAME=VALUE, once for each name`},
 		"engine check dir --param p=": {1, `error: parameter "p" is unknown to engine "dir": only "path" is known`},
 		"engine check dir":            {1, `error: --param path="": the absolute path of an existing directory is needed`},
+		"engine check":                {1, `error: what is to be checked? An engine (dir), or --socket`},
+		"engine check lvm":            {1, `error: engine "lvm" does not keep a domain in a directory: dir can be checked here, and any behind a --socket`},
+		"engine check dir --param path=/tmp --secrets-file x": {1, `error: --secrets-file "x": it goes with --socket only`},
+		"engine check --socket /none --param a=b":             {1, `error: the suite needs many new, empty domains, and no parameter makes one: give --param path=/a/directory (--directory says which parameter is one), or write {} into a parameter's value`},
+		"engine check --socket /none --secrets-file /none":    {1, `error: --secrets-file: open /none: no such file or directory`},
+		"engine check --socket /none --param path=tmp":        {1, `error: --param path="tmp": the absolute path of an existing directory is needed`},
+		"engine check --socket /none --param a={}":            {1, `error: socket /none: connection error: desc = "transport: Error while dialing: dial unix /none: connect: no such file or directory"`},
 	} {
 		t.Run(args, func(t *testing.T) {
 			var out, errOut bytes.Buffer
@@ -332,6 +339,8 @@ func TestTheSuitesReportIsReadAsGoPrintsIt(t *testing.T) {
         --- FAIL: rules/native/TagIsExclusive (0.10s)
             --- FAIL: rules/native/TagIsExclusive/block (0.10s)
         --- SKIP: rules/native/Quota (0.00s)
+    --- PASS: rules/protocol (0.10s)
+        --- PASS: rules/protocol/HealthIsAnswered (0.00s)
 FAIL
 `
 	r := report{Engine: "dir", Location: "/x", Rules: parseReport(out)}
@@ -342,10 +351,11 @@ FAIL
 	want := `Engine dir on /x
 Native capabilities: <none>
 
-RESULT   MODE     RULE               TOOK
-PASS     native   description        0.00s
-FAIL     native   tag is exclusive   0.10s
-SKIP     native   quota              0.00s
+RESULT   MODE       RULE                 TOOK
+PASS     native     description          0.00s
+FAIL     native     tag is exclusive     0.10s
+SKIP     native     quota                0.00s
+PASS     protocol   health is answered   0.00s
 
 FAIL: tag is exclusive (native)
   tags.go:64: two won
@@ -353,7 +363,7 @@ FAIL: tag is exclusive (native)
 SKIP: quota (native)
   quota.go:9: not here
 
-1 of 3 rules kept.
+2 of 4 rules kept.
 `
 	if b.String() != want {
 		t.Errorf("got\n%s\nwant\n%s", b.String(), want)

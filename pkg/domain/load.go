@@ -232,7 +232,7 @@ func (p place) secrets(dir string) (Secrets, error) {
 	if !filepath.IsAbs(path) {
 		path = filepath.Join(dir, path)
 	}
-	s, err := readSecrets(path)
+	s, err := ReadSecrets(path)
 	if err != nil {
 		return nil, p.wrong("%w", err)
 	}

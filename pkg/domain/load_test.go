@@ -68,6 +68,9 @@ domains:
     server: b
     export: /x
 - {name: other, engine: dir, params: {path: /srv/other}}
+- {name: far, socket: /run/x/../y.sock, params: {anything: goes}}
+- {name: far2, socket: /run/z.sock, engine: san, scope: shared, params: {anything: goes}}
+- {name: own, engine: dir, process: true, params: {path: /srv/own}}
 `)
 	if err := os.WriteFile(filepath.Join(filepath.Dir(path), "s.yaml"), []byte("user: me\npassword: hunter2\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -86,6 +89,12 @@ domains:
 		Name: "nas2", Engine: "share", Params: map[string]string{"server": "b", "export": "/x"}, Scope: "shared", Overcommit: 1,
 	}, {
 		Name: "other", Engine: "dir", Params: map[string]string{"path": "/srv/other"}, Scope: "node", Overcommit: 1,
+	}, {
+		Name: "far", Engine: "socket", Socket: "/run/y.sock", Params: map[string]string{"anything": "goes"}, Scope: "node", Overcommit: 1,
+	}, {
+		Name: "far2", Engine: "san", Socket: "/run/z.sock", Params: map[string]string{"anything": "goes"}, Scope: "shared", Overcommit: 1,
+	}, {
+		Name: "own", Engine: "dir", Process: true, Params: map[string]string{"path": "/srv/own"}, Scope: "node", Overcommit: 1,
 	}}
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("got  %#v\nwant %#v", got, want)
@@ -121,7 +130,7 @@ func TestWhatIsWrongIsSaidExactly(t *testing.T) {
 		"domains a map":     {"domains: {a: b}\n", `{FILE}:1: domains: a map: must be a list`},
 		"domain a string":   {"domains: [local]\n", `{FILE}:1: domains[0]: value "local": must be a map`},
 		"unknown at top":    {"domain: []\n", `{FILE}:1: domain: unknown field: only "domains" is known`},
-		"unknown in domain": {entry("  sise: 1\n"), `{FILE}:5: domains[0].sise: unknown field: known are "name", "engine", "params", "defaults", "secretsFile", "scope", "overcommit", "capacityLimit", "backgroundRate", "aliases", "takeOver"`},
+		"unknown in domain": {entry("  sise: 1\n"), `{FILE}:5: domains[0].sise: unknown field: known are "name", "engine", "socket", "process", "params", "defaults", "secretsFile", "scope", "overcommit", "capacityLimit", "backgroundRate", "aliases", "takeOver"`},
 		"given twice":       {entry("  engine: dir\n"), `{FILE}:5: domains[0].engine: is given twice: line 3 has it already`},
 		"second document":   {"domains: []\n---\ndomains: []\n", `{FILE}:2: a second document begins here: one is allowed`},
 		"broken YAML":       {"domains: [\n", `{FILE}: yaml: line 1: did not find expected node content`},
@@ -157,6 +166,16 @@ func TestWhatIsWrongIsSaidExactly(t *testing.T) {
 		"one path twice":    {entry("- {name: b, engine: dir, params: {path: /srv/./quarry/}}\n"), `{FILE}:5: domain "b": domains[1].params: is the same storage as that of domain "local": a storage can be one domain only`},
 		"path by a link":    {"domains:\n- {name: a, engine: dir, params: {path: " + dir + "}}\n- {name: b, engine: dir, params: {path: " + link + "}}\n", `{FILE}:3: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
 		"one share twice":   {"domains:\n- {name: a, engine: share, params: &p {server: s, export: /e}}\n- {name: b, engine: share, params: *p}\n", `{FILE}:2: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
+		"relative socket":   {"domains:\n- {name: a, socket: run/x.sock}\n", `{FILE}:2: domain "a": domains[0].socket: value "run/x.sock": must be the absolute path of a Unix socket, such as /run/example/engine.sock`},
+		"endless socket":    {"domains:\n- {name: a, socket: /" + strings.Repeat("x", 107) + "}\n", `{FILE}:2: domain "a": domains[0].socket: value "/` + strings.Repeat("x", 107) + `" has 108 bytes: the path of a socket may have 107`},
+		"socket a number":   {"domains:\n- {name: a, socket: 7}\n", `{FILE}:2: domain "a": domains[0].socket: value "7": must be a string: write it in quotes: "7"`},
+		"both":              {"domains:\n- {name: a, socket: /x, process: true}\n", `{FILE}:2: domain "a": domains[0].process: value true does not go with socket: a process is started by Quarry, or listens on a socket`},
+		"process a string":  {entry("  process: always\n"), `{FILE}:5: domain "local": domains[0].process: value "always": must be true or false`},
+		"process unknown":   {"domains:\n- {name: a, engine: zfs, process: true}\n", `{FILE}:2: domain "a": domains[0].engine: engine "zfs" is unknown: known are "dir", "share"`},
+		"empty type":        {"domains:\n- {name: a, engine: \"\", socket: /x}\n", `{FILE}:2: domain "a": domains[0].engine: value "": must be the type that the process says it is, or be left out`},
+		"our own names":     {"domains:\n- {name: a, socket: /x, params: {quarry.dev/socket: /y}}\n", `{FILE}:2: domain "a": domains[0].params.quarry.dev/socket: is not allowed: names that begin with quarry.dev/ are Quarry's own`},
+		"one socket twice":  {"domains:\n- {name: a, socket: /x, params: &p {k: v}}\n- {name: b, socket: /./x, params: *p}\n", `{FILE}:2: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
+		"ours and a socket": {"domains:\n- {name: a, engine: dir, params: {path: /p}}\n- {name: b, engine: dir, socket: /x, params: {path: /p/}}\n", `{FILE}:3: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
 		"no params twice":   {"domains:\n- {name: a, engine: share}\n- {name: b, engine: share}\n", `{FILE}:3: domain "b": domains[1].name: is the same storage as that of domain "a": a storage can be one domain only`},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -265,7 +284,7 @@ func TestOpenKeepsTheEnginesKindAndNamesTheDomain(t *testing.T) {
 // Kubernetes mounts a secret for root and the group of a pod, with mode 0440.
 func TestAProcessWithoutPrivilegeReadsSecretsThroughItsGroup(t *testing.T) {
 	if path := os.Getenv("QUARRY_TEST_SECRET"); path != "" {
-		s, err := readSecrets(path)
+		s, err := ReadSecrets(path)
 		fmt.Printf("read %q, %v\n", s["password"], err)
 		return
 	}
@@ -302,7 +321,7 @@ func TestAProcessWithoutPrivilegeReadsSecretsThroughItsGroup(t *testing.T) {
 	if err := os.Chmod(path, 0o440); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := readSecrets(path); !errors.Is(err, fault.Invalid) {
+	if _, err := ReadSecrets(path); !errors.Is(err, fault.Invalid) {
 		t.Error(err)
 	}
 }

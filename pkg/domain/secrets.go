@@ -22,8 +22,8 @@ func othersUse(info os.FileInfo) os.FileMode {
 	return 0o077
 }
 
-// readSecrets reads a YAML map of strings. No error shows any of its content.
-func readSecrets(path string) (Secrets, error) {
+// ReadSecrets reads a YAML map of strings, in a file that nobody else can read. No error shows any of its content.
+func ReadSecrets(path string) (Secrets, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, fault.New(fault.Invalid, "%w", err)

@@ -151,6 +151,8 @@ func FromStatus(err error) error {
 		m := info.GetMetadata()
 		if n, err := strconv.ParseUint(m["kind"], 10, 8); err == nil && codeOf(fault.Kind(n)) == s.Code() {
 			out.Kind = fault.Kind(n)
+		} else if m["kind"] == "" { // an engine in another language means what the code says
+			out.Kind = kindOf(s.Code())
 		}
 		out.Op, out.Domain, out.Object = m["op"], m["domain"], m["object"]
 		if cause := m["cause"]; cause != "" {

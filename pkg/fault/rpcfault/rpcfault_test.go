@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"testing"
 
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -112,5 +113,22 @@ func TestStatusOfAStranger(t *testing.T) {
 func TestCodeNames(t *testing.T) {
 	if CodeName(nil) != "OK" || CodeName(fault.New(fault.NotFound, "x")) != "NOT_FOUND" {
 		t.Error("wrong names")
+	}
+}
+
+// TestAFullStorageIsToldFromALimitOfGRPC: by a detail that needs none of our own numbers.
+func TestAFullStorageIsToldFromALimitOfGRPC(t *testing.T) {
+	bare := status.New(codes.ResourceExhausted, "full")
+	for domain, want := range map[string]fault.Kind{ErrorDomain: fault.Exhausted, "example.com": fault.Unavailable} {
+		s, err := bare.WithDetails(&errdetails.ErrorInfo{Reason: "FULL", Domain: domain})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if out := FromStatus(s.Err()); fault.KindOf(out) != want || out.Error() != "full" {
+			t.Errorf("with a detail of %s: %v (%v), want %v", domain, out, fault.KindOf(out), want)
+		}
+	}
+	if out := FromStatus(bare.Err()); fault.KindOf(out) != fault.Unavailable {
+		t.Errorf("without a detail: %v", fault.KindOf(out))
 	}
 }
