@@ -56,14 +56,14 @@ type apart struct {
 }
 
 // Describe implements engine.Engine.
-func (a apart) Describe(ctx context.Context) (engine.Description, error) {
+func (a *apart) Describe(ctx context.Context) (engine.Description, error) {
 	d, err := a.Engine.Describe(ctx)
 	d.Notes = append(d.Notes, fmt.Sprintf("engine %s, %s", a.About(), a.where))
 	return d, err
 }
 
 // Close implements engine.Engine.
-func (a apart) Close() error {
+func (a *apart) Close() error {
 	err := a.Engine.Close()
 	a.stop()
 	return err
@@ -94,7 +94,7 @@ func (s storages) behindSocket(ctx context.Context, e domain.Entry) (engine.Engi
 	if err != nil {
 		return nil, behind(e.Socket, err)
 	}
-	return apart{r, "at socket " + e.Socket, func() {}}, nil
+	return &apart{r, "at socket " + e.Socket, func() {}}, nil
 }
 
 // behind says what an error of Open means of a socket.
@@ -117,12 +117,17 @@ func (s storages) inProcess(ctx context.Context, e domain.Entry) (engine.Engine,
 	p := &engineProcess{log: klog.FromContext(ctx).WithValues("domain", e.Name, "engine", e.Engine),
 		config: host.ChildConfig{Name: "/proc/self/exe", Args: []string{"engine", e.Engine, "--inherited"}, Capabilities: f.Needs}}
 	if dir := e.Params[f.Directory]; dir != "" && f.Needs != nil {
+		info, err := os.Stat(dir)
+		if err == nil && !info.IsDir() {
+			err = syscall.ENOTDIR
+		}
+		if err != nil { // the engine has better words for it
+			return nil, s.wrong(ctx, e, err)
+		}
 		p.config.Args = append(p.config.Args, "--writable", dir)
 		// What it makes belongs to whom the directory belongs.
-		if info, err := os.Stat(dir); err == nil {
-			if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
-				p.config.UID, p.config.GID = st.Uid, st.Gid
-			}
+		if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
+			p.config.UID, p.config.GID = st.Uid, st.Gid
 		}
 	}
 	p.config.Said = func(line string) { p.log.Info("An engine's process says", "line", line) }
@@ -133,7 +138,16 @@ func (s storages) inProcess(ctx context.Context, e domain.Entry) (engine.Engine,
 		p.stop()
 		return nil, err
 	}
-	return apart{r, fmt.Sprintf("in a process of its own, as user %d", p.config.UID), p.stop}, nil
+	return &apart{r, fmt.Sprintf("in a process of its own, as user %d", p.config.UID), p.stop}, nil
+}
+
+// wrong is what the engine itself says of a directory that is not there.
+func (s storages) wrong(ctx context.Context, e domain.Entry, reason error) error {
+	opened, err := s.registry[e.Engine].Open(ctx, e.Params, e.Secrets)
+	if err == nil { // it came just now
+		err = errors.Join(fault.New(fault.Unavailable, "%w", reason), opened.Close())
+	}
+	return err
 }
 
 // engineProcess is an engine's: each connection is to a new one. Whoever dials has lost the one
@@ -146,6 +160,9 @@ type engineProcess struct {
 	child   *host.Child
 	stopped bool
 }
+
+// endPatience is how long it may take to find out that a process has ended whose connection is gone.
+const endPatience = 200 * time.Millisecond
 
 // exitPatience is how long a process may take to end after its connection was closed.
 const exitPatience = 5 * time.Second
@@ -182,11 +199,10 @@ func (p *engineProcess) why() string {
 	if p.child == nil {
 		return ""
 	}
-	how := p.child.Ended()
-	if how == "" {
+	if !p.child.Wait(endPatience) {
 		return ""
 	}
-	return "the engine's process ended with " + how
+	return "the engine's process ended with " + p.child.Ended()
 }
 
 // stop ends it for good. Its connection was closed.

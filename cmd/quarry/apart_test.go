@@ -411,6 +411,71 @@ func TestWhatIsNoEngineIsRefusedWithTheReason(t *testing.T) {
 	}
 }
 
+// TestAProcessIsRefusedWithTheReasonOfItsEngine, as if there was no process.
+func TestAProcessIsRefusedWithTheReasonOfItsEngine(t *testing.T) {
+	needRoot(t, "confining a process")
+	s, dir := testStorages(t), shortDir(t)
+	if err := os.WriteFile(dir+"/file", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, params := range []map[string]string{{}, {"path": "relative"}, {"path": dir + "/none"}, {"path": dir + "/file"}, {"path": dir, "pth": dir}} {
+		_, err := s.open(t.Context(), domain.Entry{Name: "d", Engine: "dir", Process: true, Params: params})
+		want := s.registry.CheckParams("dir", params)
+		if want == nil {
+			_, want = s.registry["dir"].Open(t.Context(), params, nil)
+		}
+		if err == nil || err.Error() != "open in domain d: "+want.Error() || fault.KindOf(err) != fault.KindOf(want) {
+			t.Errorf("%v:\nhave %v (%v)\nwant %v (%v)", params, err, fault.KindOf(err), want, fault.KindOf(want))
+		}
+	}
+	s.registry["dir"] = domain.Factory{Params: func() map[string]string { return map[string]string{"bogus": ""} }}
+	_, err := s.open(t.Context(), domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"bogus": dir}})
+	if want := `open in domain d: parameter "bogus" is unknown to engine "dir": only "path" is known`; !errors.Is(err, fault.Invalid) || err.Error() != want {
+		t.Errorf("what the process says itself: %v, want %s", err, want)
+	}
+	s.registry["nothing"] = domain.Factory{}
+	_, err = s.open(t.Context(), domain.Entry{Name: "d", Engine: "nothing", Process: true})
+	if want := `open in domain d: the engine's process ended with exit status 1: quarry: engine "nothing" is unknown: known are "dir", "lvm": `; !errors.Is(err, fault.Unavailable) || !strings.HasPrefix(err.Error(), want) {
+		t.Errorf("a process that ends at once: %v, want %s", err, want)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) != 1 {
+		t.Errorf("something was made: %v, %v", left, err)
+	}
+}
+
+// TestNodesReachEnginesInOtherProcesses: the controller names them, the agents open them.
+func TestNodesReachEnginesInOtherProcesses(t *testing.T) {
+	needRoot(t, "quarry node")
+	socket := shortDir(t) + "/s"
+	begin(t, "Serving", "engine", "dir", "--socket", "unix://"+socket)
+	c := newCluster(t, "domains:\n- {name: own, engine: dir, scope: shared, process: true, params: {path: \"{STORAGE}\"}}\n"+
+		"- {name: far, engine: dir, socket: "+socket+", params: {path: \"{STORAGE}-far\"}}\n")
+	c.must(os.Mkdir(c.storage+"-far", 0o755))
+	controller := c.controller("c1")
+	c.wait("c1 to lead", func() bool { return c.ready("c1") })
+	agent := c.agent("n1")
+	for _, name := range []string{"own", "far"} {
+		v := again(t, csi.NewControllerClient(c.at("c1")).CreateVolume, &csi.CreateVolumeRequest{Name: name, Parameters: map[string]string{"domain": name},
+			VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20},
+			AccessibilityRequirements: &csi.TopologyRequirement{Preferred: []*csi.Topology{{Segments: map[string]string{"csi.quarry.dev/node": "n1"}}},
+				Requisite: []*csi.Topology{{Segments: map[string]string{"csi.quarry.dev/node": "n1"}}}}}).GetVolume().GetVolumeId()
+		if in, _, _ := strings.Cut(v, "/"); !strings.HasPrefix(in, name) {
+			t.Errorf("volume %s, want it in %s", v, name)
+		}
+		f, err := os.OpenFile(c.publish("c1", "n1", v), os.O_RDWR, 0)
+		c.must(err)
+		_, err = f.WriteAt([]byte("written"), 4096)
+		c.must(errors.Join(err, f.Close()))
+		c.unpublish("c1", "n1", v)
+		again(t, csi.NewControllerClient(c.at("c1")).DeleteVolume, &csi.DeleteVolumeRequest{VolumeId: v})
+	}
+	if !strings.Contains(agent.said(), "An engine's process has started") {
+		t.Errorf("the agent has started no process:\n%s", agent.said())
+	}
+	agent.stop(t)
+	controller.stop(t)
+}
+
 func TestAProcessOfAnotherTypeIsRefused(t *testing.T) {
 	socket := shortDir(t) + "/s"
 	l, err := net.Listen("unix", socket)

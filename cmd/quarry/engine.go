@@ -66,7 +66,7 @@ func serveEngine(ctx context.Context, registry domain.Registry, kind string, o *
 		if err := registry.CheckParams(kind, params); err != nil {
 			return nil, err
 		}
-		return registry.Open(ctx, domain.Entry{Engine: kind, Params: params, Secrets: secrets})
+		return registry[kind].Open(ctx, params, secrets)
 	}})
 	if o.inherited {
 		return serveInherited(ctx, server, registry[kind].Needs, kind, o)

@@ -90,6 +90,7 @@ func StartChild(c ChildConfig) (*Child, net.Conn, error) {
 		}
 		defer close(child.ended)
 		err = cmd.Wait()
+		_, _ = child.Write([]byte("\n")) // it never fails; what was begun is the last line
 		child.mu.Lock()
 		defer child.mu.Unlock()
 		child.err = err
@@ -100,7 +101,7 @@ func StartChild(c ChildConfig) (*Child, net.Conn, error) {
 	return child, conn, nil
 }
 
-// longestLine of standard error that is passed on whole.
+// longestLine is after how many bytes a line is passed on that has not ended.
 const longestLine = 4096
 
 // Write implements io.Writer for what it writes to standard error.
@@ -147,26 +148,26 @@ func (c *Child) Ended() string {
 	return how
 }
 
+// Wait waits until it has ended, but not longer than patience. false: it has not.
+func (c *Child) Wait(patience time.Duration) bool {
+	limit := time.NewTimer(patience)
+	defer limit.Stop()
+	select {
+	case <-c.ended:
+		return true
+	case <-limit.C:
+		return c.Ended() != ""
+	}
+}
+
 // Kill waits until it has ended by itself, kills it after patience, and waits again. false: it hangs in
 // the kernel, and was left behind.
 func (c *Child) Kill(patience time.Duration) bool {
-	if c.Ended() != "" {
+	if c.Wait(patience) {
 		return true
 	}
-	for _, kill := range []bool{true, false} {
-		limit := time.NewTimer(patience)
-		select {
-		case <-c.ended:
-			limit.Stop()
-			return true
-		case <-limit.C:
-		}
-		if kill {
-			_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL) // ESRCH: it has ended just now
-			patience = max(patience, killPatience)
-		}
-	}
-	return false
+	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL) // ESRCH: it has ended just now
+	return c.Wait(killPatience)
 }
 
 // killPatience is how long a killed process may take to end.

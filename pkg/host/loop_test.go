@@ -16,8 +16,11 @@ import (
 
 const attachFile, attachMark = "QUARRY_TEST_ATTACH", "QUARRY_TEST_MARK"
 
-// TestMain makes this test binary a process that attaches a loop device.
+// TestMain makes this test binary a process that attaches a loop device, or a Child.
 func TestMain(m *testing.M) {
+	if os.Getenv(beChild) != "" {
+		child()
+	}
 	if file := os.Getenv(attachFile); file != "" {
 		_, _ = bufio.NewReader(os.Stdin).ReadString('\n') // all start together
 		lp, err := NewLocal(Exec{}).AttachLoop(context.Background(), LoopSpec{File: file, Size: 1 << 20, Mark: os.Getenv(attachMark)})
