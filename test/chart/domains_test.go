@@ -64,12 +64,15 @@ func TestEveryFieldOfADomainArrives(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if len(entries) != 4 {
+	if len(entries) != 6 {
 		t.Fatalf("%+v", entries)
 	}
 	disk := entries[1]
 	if disk.Overcommit != 1.5 || disk.CapacityLimit != 100<<30 || disk.BackgroundRate != 50<<20 || !disk.NativeOnly || !slices.Equal(disk.Aliases, []string{"old"}) {
 		t.Errorf("%+v", disk)
+	}
+	if far, own := entries[4], entries[5]; far.Socket != "/run/example/engine.sock" || far.Engine != domain.SocketEngine || far.Params["pool"] != "a" || !own.Process {
+		t.Errorf("%+v", entries)
 	}
 	if entries[2].Scope != domain.ScopeShared || entries[3].Secrets["password"] != "hunter2" {
 		t.Errorf("%+v", entries)

@@ -21,6 +21,7 @@ func TestAnAgentSeesTheDirectoriesOfItsDomains(t *testing.T) {
 	// is not made.
 	for path, want := range map[string]corev1.HostPathType{
 		"/var/lib/quarry": corev1.HostPathDirectoryOrCreate, "/mnt/disk": corev1.HostPathDirectory, "/mnt/share": corev1.HostPathDirectory,
+		"/run/example": corev1.HostPathDirectory, // of a socket
 	} {
 		if types[path] != want {
 			t.Errorf("%s: %q", path, types[path])

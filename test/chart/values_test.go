@@ -34,6 +34,9 @@ func TestMistakesAreRefused(t *testing.T) {
 		"an unknown engine":           {"domains: [{name: a, engine: zfs}]", []string{"/domains/0/engine", "dir"}},
 		"an unknown field of a domain": {
 			"domains: [{name: a, engine: dir, path: /a}]", []string{"/domains/0", "path"}},
+		"no engine at all":           {"domains: [{name: a}]", []string{"/domains/0", "engine"}},
+		"a relative socket":          {"domains: [{name: a, socket: run/x.sock}]", []string{"/domains/0/socket"}},
+		"a socket and a process":     {"domains: [{name: a, socket: /run/x.sock, process: true}]", []string{"/domains/0/process"}},
 		"a domain's bad name":        {"domains: [{name: A_b, engine: dir, params: {path: /a}}]", []string{"/domains/0/name"}},
 		"bytes that lose precision":  {"domains: [{name: local, engine: dir, params: {path: /a}, capacityLimit: 107374182400}]", []string{"/domains/0/capacityLimit", "want string"}},
 		"a directory without a path": {"domains: [{name: local, engine: dir}]", []string{`"local"`, "params.path"}},

@@ -74,14 +74,15 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- toYaml (dict "domains" $entries) -}}
 {{- end -}}
 
-{{/* JSON list of the directories of domains that are mounted by themselves: all that
-are not below node.dataDir. */}}
+{{/* JSON list of the directories of domains, and of sockets, that are mounted by themselves:
+all that are not below node.dataDir. */}}
 {{- define "quarry.directories" -}}
 {{- $base := printf "%s/" (trimSuffix "/" .Values.node.dataDir) -}}
 {{- $paths := list -}}
 {{- range .Values.domains -}}
-{{- if eq .engine "dir" -}}
+{{- if or .socket (eq (default "" .engine) "dir") -}}
 {{- $path := clean (default "" (index (default dict .params) "path")) -}}
+{{- if .socket -}}{{- $path = dir (clean .socket) -}}{{- end -}}
 {{- if not (hasPrefix $base (printf "%s/" $path)) -}}{{- $paths = append $paths $path -}}{{- end -}}
 {{- end -}}
 {{- end -}}
@@ -89,7 +90,7 @@ are not below node.dataDir. */}}
 {{- end -}}
 
 {{- define "quarry.usesLVM" -}}
-{{- range .Values.domains -}}{{- if eq .engine "lvm" -}}true{{- end -}}{{- end -}}
+{{- range .Values.domains -}}{{- if and (not .socket) (eq (default "" .engine) "lvm") -}}true{{- end -}}{{- end -}}
 {{- end -}}
 
 {{- define "quarry.tlsSecret" -}}{{ default (printf "%s-tls" (include "quarry.controller" .)) .Values.tls.secret }}{{- end -}}
@@ -118,7 +119,7 @@ capabilities: {drop: [ALL]}
 {{- if has . $names -}}{{- fail (printf "domains: %q is the name or an alias of two domains" .) -}}{{- end -}}
 {{- $names = append $names . -}}
 {{- end -}}
-{{- if and (eq .engine "dir") (not (index (default dict .params) "path")) -}}
+{{- if and (not .socket) (eq (default "" .engine) "dir") (not (index (default dict .params) "path")) -}}
 {{- fail (printf "domains: %q: engine dir needs params.path, the directory on each node" .name) -}}
 {{- end -}}
 {{- if and .secretsFile (hasKey $.Values.secrets .name) -}}
