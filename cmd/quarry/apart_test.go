@@ -113,11 +113,12 @@ func TestAnEngineInAProcessOfItsOwnConforms(t *testing.T) {
 			if err := os.Chmod(base, 0o755); err != nil {
 				t.Fatal(err)
 			}
-			n := 0
+			n, last := 0, ""
 			domain := func(t testing.TB) func(testing.TB) engine.Engine {
 				n++
-				e := domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": fmt.Sprintf("%s/%d", base, n)}}
-				if err := errors.Join(os.Mkdir(e.Params["path"], 0o700), os.Chown(e.Params["path"], owner, owner)); err != nil {
+				last = fmt.Sprintf("%s/%d", base, n)
+				e := domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": last}}
+				if err := errors.Join(os.Mkdir(last, 0o700), os.Chown(last, owner, owner)); err != nil {
 					t.Fatal(err)
 				}
 				return func(t testing.TB) engine.Engine {
@@ -133,7 +134,12 @@ func TestAnEngineInAProcessOfItsOwnConforms(t *testing.T) {
 			if err := probe.Close(); err != nil {
 				t.Fatal(err)
 			}
-			enginetest.Run(t, enginetest.Harness{Domain: domain, Expect: expect, Behind: true})
+			enginetest.Run(t, enginetest.Harness{Domain: domain, Expect: expect, Behind: true, Foreign: func(t testing.TB, content []byte) string {
+				if err := errors.Join(os.Mkdir(last+"/import", 0o755), os.WriteFile(last+"/import/disk.img", content, 0o644)); err != nil {
+					t.Fatal(err)
+				}
+				return "disk.img"
+			}})
 		})
 	}
 }
@@ -176,6 +182,56 @@ func TestAnEnginesProcessHasWhatItNeedsAndNoMore(t *testing.T) {
 				t.Errorf("the tree is %v, %v", info, err)
 			}
 		})
+	}
+}
+
+// TestADomainGoesFromOneProcessToAnother: what root has made a user's process can change, and the reverse.
+func TestADomainGoesFromOneProcessToAnother(t *testing.T) {
+	needRoot(t, "confining a process")
+	s, dir := testStorages(t), shortDir(t)
+	at := dir + "/d"
+	if err := errors.Join(os.Mkdir(at, 0o700), os.Chmod(dir, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	entry := domain.Entry{Name: "d", Engine: "dir", Params: map[string]string{"path": at}}
+	ctx := t.Context()
+	for round, owner := range []int{0, 4711, 0} {
+		must(os.Chown(at, owner, owner))
+		entry.Process = owner != 0
+		e, err := s.open(ctx, entry)
+		must(err)
+		mine, before := fmt.Sprintf("r%d", round), fmt.Sprintf("r%d", round-1)
+		for _, kind := range []engine.Kind{engine.Block, engine.Tree} {
+			must(e.CreateSlab(ctx, engine.SlabSpec{ID: mine + string(kind), Kind: kind, Size: 1 << 20}))
+			must(e.CreateTag(ctx, engine.Tag{Name: mine + string(kind), Record: []byte(mine)}))
+			a, err := e.AttachSlab(ctx, mine+string(kind), engine.AttachOptions{})
+			must(err)
+			if kind == engine.Tree { // somebody else's, in a folder that nobody may change
+				must(errors.Join(os.MkdirAll(a.Path+"/x/y", 0o755), os.Chown(a.Path+"/x/y", 99, 99), os.Chown(a.Path+"/x", 99, 99), os.Chmod(a.Path+"/x", 0o1500)))
+			}
+			if round == 0 {
+				continue
+			}
+			old := before + string(kind)
+			must(e.CreateSlab(ctx, engine.SlabSpec{ID: old, Kind: kind, Size: 1 << 20})) // it is there
+			must(e.ResizeSlab(ctx, old, 2<<20))
+			_, err = e.AttachSlab(ctx, old, engine.AttachOptions{})
+			must(errors.Join(err, e.DetachSlab(ctx, old), e.DeleteSlab(ctx, old), e.DeleteTag(ctx, old)))
+		}
+		slabs, err := e.ListSlabs(ctx)
+		must(err)
+		tags, err := e.ListTags(ctx, "")
+		must(err)
+		if len(slabs) != 2 || len(tags) != 2 {
+			t.Errorf("round %d: slabs %v, tags %v", round, slabs, tags)
+		}
+		must(e.Close())
 	}
 }
 

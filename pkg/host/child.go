@@ -27,7 +27,7 @@ type ChildConfig struct {
 	// UID and GID that it runs as; 0: this process's.
 	UID, GID uint32
 	// Capabilities (capabilities(7), by number) that it has as UID, of those that this process
-	// has. As this process's user it has them all, and has to give them up itself: see Confine.
+	// has. As this process's user it has them all, and has to give them up itself: see RunConfined.
 	Capabilities []uint
 	// Said is told each line that it writes to standard error, if not nil.
 	Said func(line string)

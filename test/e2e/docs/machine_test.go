@@ -63,14 +63,15 @@ func TestTheCommandsOfOPERATIONSForOneMachine(t *testing.T) {
 			"kubectl quarry import ... --claim shop/data -o yaml | kubectl apply -f -": elsewhere,
 			"kubectl quarry domains": "it is asked before each import",
 			"kubectl quarry":         "the text names the program",
-			"quarry engine":          "the text says that there is none",
+			"quarry engine":          "the text names the program",
 			"quarry controller":      "the text names the program",
 			"quarry node":            "the text names the program",
 		},
 		sections: map[string]string{
 			"Looking and mending: kubectl quarry": elsewhere, "Controller and agents": elsewhere, "When the file changes": elsewhere, "Which way an operation takes": elsewhere,
-			"A logical volume":      inTheLab,
-			"Errors and what to do": elsewhere, "Events in Kubernetes": elsewhere,
+			"A logical volume":                  inTheLab,
+			"Engines in processes of their own": "cmd/quarry and test/python run them",
+			"Errors and what to do":             elsewhere, "Events in Kubernetes": elsewhere,
 		},
 		blocks: operationsBlocks(),
 	})

@@ -56,10 +56,11 @@ func (r *reader) operate() {
 			imports:                {strings.Replace(imports, "...", "legacy --domain share --source disk.img", 1), "that is what the dots stand for, as in the section's example"},
 		},
 		sections: map[string]string{
-			"Running it":            "one machine without Kubernetes: test/behaviour and cmd/quarry run it",
-			"Controller and agents": "the chart starts them",
-			"When the file changes": "the text names programs",
-			"A logical volume":      inTheLab,
+			"Running it":                        "one machine without Kubernetes: test/behaviour and cmd/quarry run it",
+			"Controller and agents":             "the chart starts them",
+			"When the file changes":             "the text names programs",
+			"A logical volume":                  inTheLab,
+			"Engines in processes of their own": "cmd/quarry and test/python run them",
 		},
 		not: map[string]string{
 			"kubectl quarry import legacy --domain local --source disk.img --dry-run": "one machine without Kubernetes: cmd/kubectl-quarry and test/behaviour run it",
@@ -88,9 +89,10 @@ func (r *reader) table() {
 		"usage":          {"usage", "usage -o wide"},
 		"check [DOMAIN]": {"check", "check " + domain},
 		"fix [DOMAIN] [--id ID] [--kind KIND] [--yes]": {"fix", "fix " + domain + " --kind clean", "fix --kind clean --yes"},
-		"version":                                {"version"},
-		"import NAME --domain D --source S":      nil, // below on the page
-		"engine check ENGINE --param NAME=VALUE": nil, // for storage of this machine: cmd/kubectl-quarry runs it
+		"version":                                       {"version"},
+		"import NAME --domain D --source S":             nil, // below on the page
+		"engine check ENGINE --param NAME=VALUE":        nil, // for storage of this machine: cmd/kubectl-quarry runs it
+		"engine check --socket PATH --param NAME=VALUE": nil, // the same, and test/python
 	}
 	page, err := os.ReadFile(filepath.Join(r.checkout, "docs/OPERATIONS.md"))
 	r.must(err)
