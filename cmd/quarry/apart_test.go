@@ -11,11 +11,13 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -103,45 +105,40 @@ func child(t *testing.T, e engine.Engine) int {
 	return 0
 }
 
-// TestAnEngineInAProcessOfItsOwnConforms: confined, and as another user as well.
+// TestAnEngineInAProcessOfItsOwnConforms, confined, and as another user: as root it is allowed more.
 func TestAnEngineInAProcessOfItsOwnConforms(t *testing.T) {
 	needRoot(t, "confining a process")
-	for name, owner := range map[string]int{"root": 0, "a user": 4711} {
-		t.Run(name, func(t *testing.T) {
-			s := testStorages(t)
-			base := shortDir(t)
-			if err := os.Chmod(base, 0o755); err != nil {
-				t.Fatal(err)
-			}
-			n, last := 0, ""
-			domain := func(t testing.TB) func(testing.TB) engine.Engine {
-				n++
-				last = fmt.Sprintf("%s/%d", base, n)
-				e := domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": last}}
-				if err := errors.Join(os.Mkdir(last, 0o700), os.Chown(last, owner, owner)); err != nil {
-					t.Fatal(err)
-				}
-				return func(t testing.TB) engine.Engine {
-					opened, err := s.open(context.Background(), e)
-					if err != nil {
-						t.Fatal(err)
-					}
-					return opened
-				}
-			}
-			probe := domain(t)(t)
-			expect := engine.Discover(probe).List()
-			if err := probe.Close(); err != nil {
-				t.Fatal(err)
-			}
-			enginetest.Run(t, enginetest.Harness{Domain: domain, Expect: expect, Behind: true, Foreign: func(t testing.TB, content []byte) string {
-				if err := errors.Join(os.Mkdir(last+"/import", 0o755), os.WriteFile(last+"/import/disk.img", content, 0o644)); err != nil {
-					t.Fatal(err)
-				}
-				return "disk.img"
-			}})
-		})
+	s, base := testStorages(t), shortDir(t)
+	if err := os.Chmod(base, 0o755); err != nil {
+		t.Fatal(err)
 	}
+	n, last := 0, ""
+	domain := func(t testing.TB) func(testing.TB) engine.Engine {
+		n++
+		last = fmt.Sprintf("%s/%d", base, n)
+		e := domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": last}}
+		if err := errors.Join(os.Mkdir(last, 0o700), os.Chown(last, 4711, 4711)); err != nil {
+			t.Fatal(err)
+		}
+		return func(t testing.TB) engine.Engine {
+			opened, err := s.open(context.Background(), e)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return opened
+		}
+	}
+	probe := domain(t)(t)
+	expect := engine.Discover(probe).List()
+	if err := probe.Close(); err != nil {
+		t.Fatal(err)
+	}
+	enginetest.Run(t, enginetest.Harness{Domain: domain, Expect: expect, Behind: true, Slow: true, Foreign: func(t testing.TB, content []byte) string {
+		if err := errors.Join(os.Mkdir(last+"/import", 0o755), os.WriteFile(last+"/import/disk.img", content, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		return "disk.img"
+	}})
 }
 
 func TestAnEnginesProcessHasWhatItNeedsAndNoMore(t *testing.T) {
@@ -384,6 +381,85 @@ func TestAProcessOfADomainEndsWithQuarryHoweverThatEnds(t *testing.T) {
 	s.resumes("two")
 	next.stop(t)
 	eventually(t, "the process ends with Quarry", gone(pid(next)))
+}
+
+// TestAnEngineThatIsKilledUnderLoadLosesNothing: what was asked for is there in the end, once, and
+// nothing that was not.
+func TestAnEngineThatIsKilledUnderLoadLosesNothing(t *testing.T) {
+	needRoot(t, "quarry standalone")
+	s := newStanding(t, func(string) string { return "engine: dir\n  process: true" })
+	s.resumes("first")
+	ctx := t.Context()
+	retried := func(call func() error) error {
+		for {
+			err := call()
+			if c := status.Code(err); c != codes.Unavailable && c != codes.Aborted {
+				return err
+			}
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	const workers, each, kills = 4, 15, 5
+	var made atomic.Int32
+	var load errgroup.Group
+	for w := range workers {
+		load.Go(func() error {
+			for i := range each {
+				var id string
+				request := &csi.CreateVolumeRequest{Name: fmt.Sprintf("w%d.%d", w, i), Parameters: map[string]string{"domain": "far"},
+					VolumeCapabilities: []*csi.VolumeCapability{blockWriter()}, CapacityRange: &csi.CapacityRange{RequiredBytes: 1 << 20}}
+				if err := retried(func() error {
+					v, err := s.CreateVolume(ctx, request)
+					id = v.GetVolume().GetVolumeId()
+					return err
+				}); err != nil {
+					return err
+				}
+				made.Add(1)
+				if i%3 == 0 {
+					if err := retried(func() error {
+						_, err := s.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
+						return err
+					}); err != nil {
+						return err
+					}
+				}
+			}
+			return nil
+		})
+	}
+	started := regexp.MustCompile(`"An engine's process has started" .*pid=([0-9]+)`)
+	for n := range kills {
+		eventually(t, "some are made", func() bool { return int(made.Load()) >= (n+1)*workers*each/(kills+1) })
+		pids := started.FindAllStringSubmatch(s.said(), -1)
+		pid, _ := strconv.Atoi(pids[len(pids)-1][1])
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil && !errors.Is(err, syscall.ESRCH) {
+			t.Fatal(err)
+		}
+	}
+	if err := load.Wait(); err != nil {
+		t.Fatalf("%v:\n%s", err, s.said())
+	}
+	var list *csi.ListVolumesResponse
+	if err := retried(func() (err error) {
+		list, err = s.ListVolumes(ctx, &csi.ListVolumesRequest{})
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if have, want := len(list.GetEntries()), 1+workers*each*2/3; have != want {
+		t.Errorf("%d volumes, want %d", have, want)
+	}
+	for _, v := range list.GetEntries() {
+		_, image, _ := strings.Cut(v.GetVolume().GetVolumeId(), "/")
+		if info, err := os.Stat(s.storage + "/far/slabs/" + image); err != nil || info.Size() != 1<<20 {
+			t.Errorf("volume %s: %v", v.GetVolume().GetVolumeId(), err)
+		}
+	}
+	if n := len(started.FindAllString(s.said(), -1)); n < 3 {
+		t.Errorf("the process was started %d times only", n)
+	}
+	s.stop(t)
 }
 
 // older is an engine that speaks another version of the protocol.

@@ -15,6 +15,8 @@ import (
 )
 
 const (
+	// startLimit is how long a process that was just started may take to answer a connection.
+	startLimit = 15 * time.Second
 	// openLimit is how long a process that is watched may take to open a domain: it is tried again.
 	openLimit = time.Minute
 	// verbLimit is for what moves no data. A listing that takes longer has failed by the contract.

@@ -102,6 +102,10 @@ const reconnectFirst, reconnectLast = 100 * time.Millisecond, 5 * time.Second
 // process cannot be reached.
 func Open(ctx context.Context, cfg Config) (*Engine, error) {
 	e := &Engine{cfg: cfg, unwatch: func() {}}
+	patience := reconnectLast
+	if cfg.Watch > 0 {
+		patience = startLimit
+	}
 	conn, err := grpc.NewClient("passthrough:///engine", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
 			c, err := cfg.Dial(ctx)
@@ -112,7 +116,7 @@ func Open(ctx context.Context, cfg Config) (*Engine, error) {
 			}
 			return c, err
 		}),
-		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: reconnectFirst, Multiplier: 2, Jitter: 0.2, MaxDelay: reconnectLast}, MinConnectTimeout: reconnectLast}),
+		grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: reconnectFirst, Multiplier: 2, Jitter: 0.2, MaxDelay: reconnectLast}, MinConnectTimeout: patience}),
 		grpc.WithChainUnaryInterceptor(e.limited), grpc.WithIdleTimeout(0), // a domain stays open
 		grpc.WithDisableServiceConfig(), grpc.WithDisableRetry())
 	if err != nil {
