@@ -142,7 +142,7 @@ func (c *client) verbs(ctx context.Context, domain, name string) map[string]erro
 	return errs
 }
 
-// TestVersionsAreAgreedOn: the engine takes one that it speaks, and no other.
+// TestVersionsAreAgreedOn checks that the engine takes one that it speaks, and no other.
 func (p Protocol) TestVersionsAreAgreedOn(t *testing.T) {
 	c := p.connect(t)
 	for _, versions := range [][]uint32{nil, {enginepb.Version + 98}} {
@@ -156,7 +156,7 @@ func (p Protocol) TestVersionsAreAgreedOn(t *testing.T) {
 	}
 }
 
-// TestOpeningIsRefusedWithAReason: an engine does not guess what was meant.
+// TestOpeningIsRefusedWithAReason checks that an engine does not guess what was meant.
 func (p Protocol) TestOpeningIsRefusedWithAReason(t *testing.T) {
 	c := p.connect(t)
 	_, err := c.Open(t.Context(), &enginepb.OpenRequest{Versions: []uint32{enginepb.Version}, Params: c.request.Params, Secrets: p.Secrets})
@@ -173,7 +173,7 @@ func (p Protocol) TestOpeningIsRefusedWithAReason(t *testing.T) {
 	}
 }
 
-// TestADomainIsOpenForEachClient: the same client finds it open, and one's closing is not another's.
+// TestADomainIsOpenForEachClient checks that the same client finds it open, and that one's closing is not another's.
 func (p Protocol) TestADomainIsOpenForEachClient(t *testing.T) {
 	c := p.open(t)
 	ctx := t.Context()
@@ -195,7 +195,7 @@ func (p Protocol) TestADomainIsOpenForEachClient(t *testing.T) {
 	}
 }
 
-// TestADomainThatIsNotOpenIsUnavailable: then Quarry opens it again.
+// TestADomainThatIsNotOpenIsUnavailable checks what makes Quarry open it again.
 func (p Protocol) TestADomainThatIsNotOpenIsUnavailable(t *testing.T) {
 	c := p.open(t)
 	for _, domain := range []string{"", "no-such-domain", c.opened.GetDomain() + "x"} {
@@ -210,7 +210,7 @@ func (p Protocol) TestADomainThatIsNotOpenIsUnavailable(t *testing.T) {
 	}
 }
 
-// TestBadRequestsAreRefused: an engine does not trust who asks.
+// TestBadRequestsAreRefused checks that an engine does not trust who asks.
 func (p Protocol) TestBadRequestsAreRefused(t *testing.T) {
 	c := p.open(t)
 	ctx, domain := t.Context(), c.opened.GetDomain()
@@ -266,7 +266,7 @@ func (p Protocol) TestBadRequestsAreRefused(t *testing.T) {
 	}
 }
 
-// TestWhatIsNotDeclaredIsUnimplemented: a capability's service may be there all the same, as
+// TestWhatIsNotDeclaredIsUnimplemented checks just that: a capability's service may be there all the same, as
 // one process has domains that differ.
 func (p Protocol) TestWhatIsNotDeclaredIsUnimplemented(t *testing.T) {
 	c := p.open(t)
@@ -307,7 +307,7 @@ func (p Protocol) TestWhatIsNotDeclaredIsUnimplemented(t *testing.T) {
 	}
 }
 
-// TestALongListingComesInSeveralMessages: none of them is larger than 4 MiB, gRPC's own limit.
+// TestALongListingComesInSeveralMessages checks that none of them is larger than 4 MiB, gRPC's own limit.
 func (p Protocol) TestALongListingComesInSeveralMessages(t *testing.T) {
 	c := p.open(t)
 	const tags = 4100 // of more than 1 KiB each
@@ -330,7 +330,7 @@ func (p Protocol) TestALongListingComesInSeveralMessages(t *testing.T) {
 	}
 }
 
-// TestHealthIsAnswered, or not known: silence is what Quarry takes for a process that hangs.
+// TestHealthIsAnswered checks that it is, or is not known: silence is what Quarry takes for a process that hangs.
 func (p Protocol) TestHealthIsAnswered(t *testing.T) {
 	c := p.open(t)
 	r, err := grpc_health_v1.NewHealthClient(c.conn).Check(t.Context(), &grpc_health_v1.HealthCheckRequest{})
