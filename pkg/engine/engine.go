@@ -141,6 +141,11 @@ type Description struct {
 	// Params are the class parameters that the engine takes in SlabSpec.Params,
 	// with one line of help each.
 	Params map[string]string
+	// ParamValues has, by name, a regular expression (RE2) that the whole value of a
+	// parameter matches; TreeParams names those that only trees take. What does not fit is refused
+	// before anything is made.
+	ParamValues map[string]string
+	TreeParams  []string
 	// Notes are facts found out at opening that an operator should know: which
 	// capabilities are there, which are not, and why.
 	Notes []string

@@ -109,7 +109,7 @@ func (c *creation) fits(ctx context.Context, d *domain, srcSize int64) (int64, e
 	if err := d.checkReach(c.r.Accesses, c.layout); err != nil {
 		return 0, err
 	}
-	if err := d.checkParams(c.r.Params); err != nil {
+	if err := d.checkParams(c.r.Params, c.layout); err != nil {
 		return 0, err
 	}
 	if err := d.checkNative(c.r.RequireNative); err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"maps"
 	"math"
+	"regexp"
 	"slices"
 	"strings"
 	"unicode/utf8"
@@ -113,14 +114,29 @@ func (d *domain) checkReach(accesses []Access, layout Layout) error {
 	return nil
 }
 
-// checkParams refuses parameters that the engine did not declare.
-func (d *domain) checkParams(params map[string]string) error {
+// checkParams refuses parameters that the engine did not declare, or not like that.
+func (d *domain) checkParams(params map[string]string, layout Layout) error {
 	for _, k := range slices.Sorted(maps.Keys(params)) {
-		if _, ok := d.desc.Params[k]; !ok {
+		help, ok := d.desc.Params[k]
+		if !ok {
 			known := append([]string{"chainLimit", "domain", "domains", "encrypted", "layout", "quiesceLimit", "requireNative", "restorePlacement"},
 				slices.Collect(maps.Keys(d.desc.Params))...)
 			slices.Sort(known)
 			return fault.New(fault.Invalid, "parameter %q is unknown in domain %s (engine %s): known are %s", k, d.id, d.cfg.Engine, strings.Join(known, ", "))
+		}
+		if slices.Contains(d.desc.TreeParams, k) && layout.Kind() != engine.Tree {
+			return fault.New(fault.Invalid, "parameter %q and layout %q: only a volume of layout %q has one", k, layout, LayoutDirectory)
+		}
+		of, ok := d.desc.ParamValues[k]
+		if !ok {
+			continue
+		}
+		pattern, err := regexp.Compile(`^(?:` + of + `)$`)
+		if err != nil {
+			return fault.New(fault.Unavailable, "domain %s: engine %s says of parameter %q what is no regular expression: %w", d.id, d.cfg.Engine, k, err)
+		}
+		if !pattern.MatchString(params[k]) {
+			return fault.New(fault.Invalid, "parameter %q: value %q is not allowed: %s", k, params[k], help)
 		}
 	}
 	return nil

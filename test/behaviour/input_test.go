@@ -99,12 +99,16 @@ func TestBadRequestsAreRefusedPreciselyAndChangeNothing(t *testing.T) {
 		change func(*csi.CreateVolumeRequest)
 		refused
 	}{
-		"unknown domain":         {func(q *csi.CreateVolumeRequest) { q.Parameters["domain"] = "nirvana" }, refused{codes.InvalidArgument, []string{"nirvana", "one", "two"}}},
-		"unknown parameter":      {func(q *csi.CreateVolumeRequest) { q.Parameters["colour"] = "red" }, refused{codes.InvalidArgument, []string{`"colour"`, "known", "layout"}}},
-		"unknown mutable":        {func(q *csi.CreateVolumeRequest) { q.MutableParameters = map[string]string{"colour": "red"} }, refused{codes.InvalidArgument, []string{`"colour"`, "quiesceLimit"}}},
-		"bad value":              {func(q *csi.CreateVolumeRequest) { q.Parameters["quiesceLimit"] = "soon" }, refused{codes.InvalidArgument, []string{"quiesceLimit", "soon", "10s"}}},
-		"unknown layout":         {func(q *csi.CreateVolumeRequest) { q.Parameters["layout"] = "spiral" }, refused{codes.InvalidArgument, []string{"layout", `"spiral"`, "image", "directory"}}},
-		"unknown file system":    {func(q *csi.CreateVolumeRequest) { q.VolumeCapabilities = []*csi.VolumeCapability{filesystem("ntfs")} }, refused{codes.InvalidArgument, []string{`ntfs`, "ext4", "xfs", "btrfs"}}},
+		"unknown domain":      {func(q *csi.CreateVolumeRequest) { q.Parameters["domain"] = "nirvana" }, refused{codes.InvalidArgument, []string{"nirvana", "one", "two"}}},
+		"unknown parameter":   {func(q *csi.CreateVolumeRequest) { q.Parameters["colour"] = "red" }, refused{codes.InvalidArgument, []string{`"colour"`, "known", "layout"}}},
+		"unknown mutable":     {func(q *csi.CreateVolumeRequest) { q.MutableParameters = map[string]string{"colour": "red"} }, refused{codes.InvalidArgument, []string{`"colour"`, "quiesceLimit"}}},
+		"bad value":           {func(q *csi.CreateVolumeRequest) { q.Parameters["quiesceLimit"] = "soon" }, refused{codes.InvalidArgument, []string{"quiesceLimit", "soon", "10s"}}},
+		"unknown layout":      {func(q *csi.CreateVolumeRequest) { q.Parameters["layout"] = "spiral" }, refused{codes.InvalidArgument, []string{"layout", `"spiral"`, "image", "directory"}}},
+		"unknown file system": {func(q *csi.CreateVolumeRequest) { q.VolumeCapabilities = []*csi.VolumeCapability{filesystem("ntfs")} }, refused{codes.InvalidArgument, []string{`ntfs`, "ext4", "xfs", "btrfs"}}},
+		"mode of an image":    {func(q *csi.CreateVolumeRequest) { q.Parameters["mode"] = "0777" }, refused{codes.InvalidArgument, []string{`"mode"`, `"image"`, `"directory"`}}},
+		"mode that is none": {func(q *csi.CreateVolumeRequest) {
+			q.Parameters["mode"], q.Parameters["layout"], q.VolumeCapabilities = "rwx", "directory", []*csi.VolumeCapability{filesystem("")}
+		}, refused{codes.InvalidArgument, []string{`"mode"`, `"rwx"`, "octal"}}},
 		"native that is not":     {func(q *csi.CreateVolumeRequest) { q.Parameters["requireNative"] = "snapshot" }, refused{codes.InvalidArgument, []string{"snapshot", "one"}}},
 		"native that is unknown": {func(q *csi.CreateVolumeRequest) { q.Parameters["requireNative"] = "magic" }, refused{codes.InvalidArgument, []string{"requireNative", "magic"}}},
 		"no capability":          {func(q *csi.CreateVolumeRequest) { q.VolumeCapabilities = nil }, refused{codes.InvalidArgument, []string{"volume_capabilities"}}},

@@ -407,7 +407,11 @@ type DescribeResponse struct {
 	// params that slabs may have, with a line of help each.
 	Params map[string]string `protobuf:"bytes,10,rep,name=params,proto3" json:"params,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// notes are what an operator should know.
-	Notes         []string `protobuf:"bytes,11,rep,name=notes,proto3" json:"notes,omitempty"`
+	Notes []string `protobuf:"bytes,11,rep,name=notes,proto3" json:"notes,omitempty"`
+	// param_values has, by name, a regular expression (RE2) that the whole value of a parameter matches.
+	ParamValues map[string]string `protobuf:"bytes,12,rep,name=param_values,json=paramValues,proto3" json:"param_values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
+	// tree_params are those that only slabs of kind tree take.
+	TreeParams    []string `protobuf:"bytes,13,rep,name=tree_params,json=treeParams,proto3" json:"tree_params,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -515,6 +519,20 @@ func (x *DescribeResponse) GetParams() map[string]string {
 func (x *DescribeResponse) GetNotes() []string {
 	if x != nil {
 		return x.Notes
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetParamValues() map[string]string {
+	if x != nil {
+		return x.ParamValues
+	}
+	return nil
+}
+
+func (x *DescribeResponse) GetTreeParams() []string {
+	if x != nil {
+		return x.TreeParams
 	}
 	return nil
 }
@@ -3080,7 +3098,7 @@ const file_engine_proto_rawDesc = "" +
 	"\x06domain\x18\x01 \x01(\tR\x06domain\"\x0f\n" +
 	"\rCloseResponse\")\n" +
 	"\x0fDescribeRequest\x12\x16\n" +
-	"\x06domain\x18\x01 \x01(\tR\x06domain\"\xf3\x03\n" +
+	"\x06domain\x18\x01 \x01(\tR\x06domain\"\xac\x05\n" +
 	"\x10DescribeResponse\x12,\n" +
 	"\x05kinds\x18\x01 \x03(\x0e2\x16.quarry.engine.v1.KindR\x05kinds\x12 \n" +
 	"\vgranularity\x18\x02 \x01(\x03R\vgranularity\x12\"\n" +
@@ -3093,8 +3111,14 @@ const file_engine_proto_rawDesc = "" +
 	"\blocation\x18\t \x01(\tR\blocation\x12F\n" +
 	"\x06params\x18\n" +
 	" \x03(\v2..quarry.engine.v1.DescribeResponse.ParamsEntryR\x06params\x12\x14\n" +
-	"\x05notes\x18\v \x03(\tR\x05notes\x1a9\n" +
+	"\x05notes\x18\v \x03(\tR\x05notes\x12V\n" +
+	"\fparam_values\x18\f \x03(\v23.quarry.engine.v1.DescribeResponse.ParamValuesEntryR\vparamValues\x12\x1f\n" +
+	"\vtree_params\x18\r \x03(\tR\n" +
+	"treeParams\x1a9\n" +
 	"\vParamsEntry\x12\x10\n" +
+	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
+	"\x10ParamValuesEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\"\xd5\x01\n" +
 	"\bSlabSpec\x12\x0e\n" +
@@ -3313,7 +3337,7 @@ func file_engine_proto_rawDescGZIP() []byte {
 }
 
 var file_engine_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 61)
+var file_engine_proto_msgTypes = make([]protoimpl.MessageInfo, 62)
 var file_engine_proto_goTypes = []any{
 	(Kind)(0),                     // 0: quarry.engine.v1.Kind
 	(*OpenRequest)(nil),           // 1: quarry.engine.v1.OpenRequest
@@ -3375,8 +3399,9 @@ var file_engine_proto_goTypes = []any{
 	nil,                           // 57: quarry.engine.v1.OpenRequest.SecretsEntry
 	nil,                           // 58: quarry.engine.v1.OpenResponse.ModifyParamsEntry
 	nil,                           // 59: quarry.engine.v1.DescribeResponse.ParamsEntry
-	nil,                           // 60: quarry.engine.v1.SlabSpec.ParamsEntry
-	nil,                           // 61: quarry.engine.v1.ModifySlabRequest.ParamsEntry
+	nil,                           // 60: quarry.engine.v1.DescribeResponse.ParamValuesEntry
+	nil,                           // 61: quarry.engine.v1.SlabSpec.ParamsEntry
+	nil,                           // 62: quarry.engine.v1.ModifySlabRequest.ParamsEntry
 }
 var file_engine_proto_depIdxs = []int32{
 	56, // 0: quarry.engine.v1.OpenRequest.params:type_name -> quarry.engine.v1.OpenRequest.ParamsEntry
@@ -3384,77 +3409,78 @@ var file_engine_proto_depIdxs = []int32{
 	58, // 2: quarry.engine.v1.OpenResponse.modify_params:type_name -> quarry.engine.v1.OpenResponse.ModifyParamsEntry
 	0,  // 3: quarry.engine.v1.DescribeResponse.kinds:type_name -> quarry.engine.v1.Kind
 	59, // 4: quarry.engine.v1.DescribeResponse.params:type_name -> quarry.engine.v1.DescribeResponse.ParamsEntry
-	0,  // 5: quarry.engine.v1.SlabSpec.kind:type_name -> quarry.engine.v1.Kind
-	60, // 6: quarry.engine.v1.SlabSpec.params:type_name -> quarry.engine.v1.SlabSpec.ParamsEntry
-	0,  // 7: quarry.engine.v1.Slab.kind:type_name -> quarry.engine.v1.Kind
-	7,  // 8: quarry.engine.v1.CreateSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
-	8,  // 9: quarry.engine.v1.ListSlabsResponse.slabs:type_name -> quarry.engine.v1.Slab
-	9,  // 10: quarry.engine.v1.CreateTagRequest.tag:type_name -> quarry.engine.v1.Tag
-	9,  // 11: quarry.engine.v1.ListTagsResponse.tags:type_name -> quarry.engine.v1.Tag
-	7,  // 12: quarry.engine.v1.SnapshotSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
-	7,  // 13: quarry.engine.v1.CloneSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
-	7,  // 14: quarry.engine.v1.CopySlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
-	41, // 15: quarry.engine.v1.DiffSlabsResponse.extents:type_name -> quarry.engine.v1.Extent
-	7,  // 16: quarry.engine.v1.SnapshotSlabsRequest.specs:type_name -> quarry.engine.v1.SlabSpec
-	61, // 17: quarry.engine.v1.ModifySlabRequest.params:type_name -> quarry.engine.v1.ModifySlabRequest.ParamsEntry
-	7,  // 18: quarry.engine.v1.ImportSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
-	1,  // 19: quarry.engine.v1.Engine.Open:input_type -> quarry.engine.v1.OpenRequest
-	3,  // 20: quarry.engine.v1.Engine.Close:input_type -> quarry.engine.v1.CloseRequest
-	5,  // 21: quarry.engine.v1.Engine.Describe:input_type -> quarry.engine.v1.DescribeRequest
-	10, // 22: quarry.engine.v1.Engine.CreateSlab:input_type -> quarry.engine.v1.CreateSlabRequest
-	12, // 23: quarry.engine.v1.Engine.ResizeSlab:input_type -> quarry.engine.v1.ResizeSlabRequest
-	14, // 24: quarry.engine.v1.Engine.DeleteSlab:input_type -> quarry.engine.v1.DeleteSlabRequest
-	16, // 25: quarry.engine.v1.Engine.ListSlabs:input_type -> quarry.engine.v1.ListSlabsRequest
-	18, // 26: quarry.engine.v1.Engine.CreateTag:input_type -> quarry.engine.v1.CreateTagRequest
-	20, // 27: quarry.engine.v1.Engine.DeleteTag:input_type -> quarry.engine.v1.DeleteTagRequest
-	22, // 28: quarry.engine.v1.Engine.ListTags:input_type -> quarry.engine.v1.ListTagsRequest
-	24, // 29: quarry.engine.v1.Engine.AttachSlab:input_type -> quarry.engine.v1.AttachSlabRequest
-	26, // 30: quarry.engine.v1.Engine.DetachSlab:input_type -> quarry.engine.v1.DetachSlabRequest
-	28, // 31: quarry.engine.v1.Snapshotter.SnapshotSlab:input_type -> quarry.engine.v1.SnapshotSlabRequest
-	30, // 32: quarry.engine.v1.Cloner.CloneSlab:input_type -> quarry.engine.v1.CloneSlabRequest
-	32, // 33: quarry.engine.v1.Copier.CopySlab:input_type -> quarry.engine.v1.CopySlabRequest
-	34, // 34: quarry.engine.v1.Meter.DomainUsage:input_type -> quarry.engine.v1.DomainUsageRequest
-	35, // 35: quarry.engine.v1.Meter.SlabUsage:input_type -> quarry.engine.v1.SlabUsageRequest
-	37, // 36: quarry.engine.v1.Quota.SetQuota:input_type -> quarry.engine.v1.SetQuotaRequest
-	39, // 37: quarry.engine.v1.Differ.DiffSlabs:input_type -> quarry.engine.v1.DiffSlabsRequest
-	42, // 38: quarry.engine.v1.Fencer.Fence:input_type -> quarry.engine.v1.FenceRequest
-	44, // 39: quarry.engine.v1.Fencer.Unfence:input_type -> quarry.engine.v1.UnfenceRequest
-	46, // 40: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:input_type -> quarry.engine.v1.SnapshotSlabsRequest
-	48, // 41: quarry.engine.v1.Modifier.ModifySlab:input_type -> quarry.engine.v1.ModifySlabRequest
-	50, // 42: quarry.engine.v1.Importer.Importable:input_type -> quarry.engine.v1.ImportableRequest
-	52, // 43: quarry.engine.v1.Importer.ImportSlab:input_type -> quarry.engine.v1.ImportSlabRequest
-	54, // 44: quarry.engine.v1.Importer.KeepSlab:input_type -> quarry.engine.v1.KeepSlabRequest
-	2,  // 45: quarry.engine.v1.Engine.Open:output_type -> quarry.engine.v1.OpenResponse
-	4,  // 46: quarry.engine.v1.Engine.Close:output_type -> quarry.engine.v1.CloseResponse
-	6,  // 47: quarry.engine.v1.Engine.Describe:output_type -> quarry.engine.v1.DescribeResponse
-	11, // 48: quarry.engine.v1.Engine.CreateSlab:output_type -> quarry.engine.v1.CreateSlabResponse
-	13, // 49: quarry.engine.v1.Engine.ResizeSlab:output_type -> quarry.engine.v1.ResizeSlabResponse
-	15, // 50: quarry.engine.v1.Engine.DeleteSlab:output_type -> quarry.engine.v1.DeleteSlabResponse
-	17, // 51: quarry.engine.v1.Engine.ListSlabs:output_type -> quarry.engine.v1.ListSlabsResponse
-	19, // 52: quarry.engine.v1.Engine.CreateTag:output_type -> quarry.engine.v1.CreateTagResponse
-	21, // 53: quarry.engine.v1.Engine.DeleteTag:output_type -> quarry.engine.v1.DeleteTagResponse
-	23, // 54: quarry.engine.v1.Engine.ListTags:output_type -> quarry.engine.v1.ListTagsResponse
-	25, // 55: quarry.engine.v1.Engine.AttachSlab:output_type -> quarry.engine.v1.AttachSlabResponse
-	27, // 56: quarry.engine.v1.Engine.DetachSlab:output_type -> quarry.engine.v1.DetachSlabResponse
-	29, // 57: quarry.engine.v1.Snapshotter.SnapshotSlab:output_type -> quarry.engine.v1.SnapshotSlabResponse
-	31, // 58: quarry.engine.v1.Cloner.CloneSlab:output_type -> quarry.engine.v1.CloneSlabResponse
-	33, // 59: quarry.engine.v1.Copier.CopySlab:output_type -> quarry.engine.v1.CopySlabResponse
-	36, // 60: quarry.engine.v1.Meter.DomainUsage:output_type -> quarry.engine.v1.UsageResponse
-	36, // 61: quarry.engine.v1.Meter.SlabUsage:output_type -> quarry.engine.v1.UsageResponse
-	38, // 62: quarry.engine.v1.Quota.SetQuota:output_type -> quarry.engine.v1.SetQuotaResponse
-	40, // 63: quarry.engine.v1.Differ.DiffSlabs:output_type -> quarry.engine.v1.DiffSlabsResponse
-	43, // 64: quarry.engine.v1.Fencer.Fence:output_type -> quarry.engine.v1.FenceResponse
-	45, // 65: quarry.engine.v1.Fencer.Unfence:output_type -> quarry.engine.v1.UnfenceResponse
-	47, // 66: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:output_type -> quarry.engine.v1.SnapshotSlabsResponse
-	49, // 67: quarry.engine.v1.Modifier.ModifySlab:output_type -> quarry.engine.v1.ModifySlabResponse
-	51, // 68: quarry.engine.v1.Importer.Importable:output_type -> quarry.engine.v1.ImportableResponse
-	53, // 69: quarry.engine.v1.Importer.ImportSlab:output_type -> quarry.engine.v1.ImportSlabResponse
-	55, // 70: quarry.engine.v1.Importer.KeepSlab:output_type -> quarry.engine.v1.KeepSlabResponse
-	45, // [45:71] is the sub-list for method output_type
-	19, // [19:45] is the sub-list for method input_type
-	19, // [19:19] is the sub-list for extension type_name
-	19, // [19:19] is the sub-list for extension extendee
-	0,  // [0:19] is the sub-list for field type_name
+	60, // 5: quarry.engine.v1.DescribeResponse.param_values:type_name -> quarry.engine.v1.DescribeResponse.ParamValuesEntry
+	0,  // 6: quarry.engine.v1.SlabSpec.kind:type_name -> quarry.engine.v1.Kind
+	61, // 7: quarry.engine.v1.SlabSpec.params:type_name -> quarry.engine.v1.SlabSpec.ParamsEntry
+	0,  // 8: quarry.engine.v1.Slab.kind:type_name -> quarry.engine.v1.Kind
+	7,  // 9: quarry.engine.v1.CreateSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
+	8,  // 10: quarry.engine.v1.ListSlabsResponse.slabs:type_name -> quarry.engine.v1.Slab
+	9,  // 11: quarry.engine.v1.CreateTagRequest.tag:type_name -> quarry.engine.v1.Tag
+	9,  // 12: quarry.engine.v1.ListTagsResponse.tags:type_name -> quarry.engine.v1.Tag
+	7,  // 13: quarry.engine.v1.SnapshotSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
+	7,  // 14: quarry.engine.v1.CloneSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
+	7,  // 15: quarry.engine.v1.CopySlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
+	41, // 16: quarry.engine.v1.DiffSlabsResponse.extents:type_name -> quarry.engine.v1.Extent
+	7,  // 17: quarry.engine.v1.SnapshotSlabsRequest.specs:type_name -> quarry.engine.v1.SlabSpec
+	62, // 18: quarry.engine.v1.ModifySlabRequest.params:type_name -> quarry.engine.v1.ModifySlabRequest.ParamsEntry
+	7,  // 19: quarry.engine.v1.ImportSlabRequest.spec:type_name -> quarry.engine.v1.SlabSpec
+	1,  // 20: quarry.engine.v1.Engine.Open:input_type -> quarry.engine.v1.OpenRequest
+	3,  // 21: quarry.engine.v1.Engine.Close:input_type -> quarry.engine.v1.CloseRequest
+	5,  // 22: quarry.engine.v1.Engine.Describe:input_type -> quarry.engine.v1.DescribeRequest
+	10, // 23: quarry.engine.v1.Engine.CreateSlab:input_type -> quarry.engine.v1.CreateSlabRequest
+	12, // 24: quarry.engine.v1.Engine.ResizeSlab:input_type -> quarry.engine.v1.ResizeSlabRequest
+	14, // 25: quarry.engine.v1.Engine.DeleteSlab:input_type -> quarry.engine.v1.DeleteSlabRequest
+	16, // 26: quarry.engine.v1.Engine.ListSlabs:input_type -> quarry.engine.v1.ListSlabsRequest
+	18, // 27: quarry.engine.v1.Engine.CreateTag:input_type -> quarry.engine.v1.CreateTagRequest
+	20, // 28: quarry.engine.v1.Engine.DeleteTag:input_type -> quarry.engine.v1.DeleteTagRequest
+	22, // 29: quarry.engine.v1.Engine.ListTags:input_type -> quarry.engine.v1.ListTagsRequest
+	24, // 30: quarry.engine.v1.Engine.AttachSlab:input_type -> quarry.engine.v1.AttachSlabRequest
+	26, // 31: quarry.engine.v1.Engine.DetachSlab:input_type -> quarry.engine.v1.DetachSlabRequest
+	28, // 32: quarry.engine.v1.Snapshotter.SnapshotSlab:input_type -> quarry.engine.v1.SnapshotSlabRequest
+	30, // 33: quarry.engine.v1.Cloner.CloneSlab:input_type -> quarry.engine.v1.CloneSlabRequest
+	32, // 34: quarry.engine.v1.Copier.CopySlab:input_type -> quarry.engine.v1.CopySlabRequest
+	34, // 35: quarry.engine.v1.Meter.DomainUsage:input_type -> quarry.engine.v1.DomainUsageRequest
+	35, // 36: quarry.engine.v1.Meter.SlabUsage:input_type -> quarry.engine.v1.SlabUsageRequest
+	37, // 37: quarry.engine.v1.Quota.SetQuota:input_type -> quarry.engine.v1.SetQuotaRequest
+	39, // 38: quarry.engine.v1.Differ.DiffSlabs:input_type -> quarry.engine.v1.DiffSlabsRequest
+	42, // 39: quarry.engine.v1.Fencer.Fence:input_type -> quarry.engine.v1.FenceRequest
+	44, // 40: quarry.engine.v1.Fencer.Unfence:input_type -> quarry.engine.v1.UnfenceRequest
+	46, // 41: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:input_type -> quarry.engine.v1.SnapshotSlabsRequest
+	48, // 42: quarry.engine.v1.Modifier.ModifySlab:input_type -> quarry.engine.v1.ModifySlabRequest
+	50, // 43: quarry.engine.v1.Importer.Importable:input_type -> quarry.engine.v1.ImportableRequest
+	52, // 44: quarry.engine.v1.Importer.ImportSlab:input_type -> quarry.engine.v1.ImportSlabRequest
+	54, // 45: quarry.engine.v1.Importer.KeepSlab:input_type -> quarry.engine.v1.KeepSlabRequest
+	2,  // 46: quarry.engine.v1.Engine.Open:output_type -> quarry.engine.v1.OpenResponse
+	4,  // 47: quarry.engine.v1.Engine.Close:output_type -> quarry.engine.v1.CloseResponse
+	6,  // 48: quarry.engine.v1.Engine.Describe:output_type -> quarry.engine.v1.DescribeResponse
+	11, // 49: quarry.engine.v1.Engine.CreateSlab:output_type -> quarry.engine.v1.CreateSlabResponse
+	13, // 50: quarry.engine.v1.Engine.ResizeSlab:output_type -> quarry.engine.v1.ResizeSlabResponse
+	15, // 51: quarry.engine.v1.Engine.DeleteSlab:output_type -> quarry.engine.v1.DeleteSlabResponse
+	17, // 52: quarry.engine.v1.Engine.ListSlabs:output_type -> quarry.engine.v1.ListSlabsResponse
+	19, // 53: quarry.engine.v1.Engine.CreateTag:output_type -> quarry.engine.v1.CreateTagResponse
+	21, // 54: quarry.engine.v1.Engine.DeleteTag:output_type -> quarry.engine.v1.DeleteTagResponse
+	23, // 55: quarry.engine.v1.Engine.ListTags:output_type -> quarry.engine.v1.ListTagsResponse
+	25, // 56: quarry.engine.v1.Engine.AttachSlab:output_type -> quarry.engine.v1.AttachSlabResponse
+	27, // 57: quarry.engine.v1.Engine.DetachSlab:output_type -> quarry.engine.v1.DetachSlabResponse
+	29, // 58: quarry.engine.v1.Snapshotter.SnapshotSlab:output_type -> quarry.engine.v1.SnapshotSlabResponse
+	31, // 59: quarry.engine.v1.Cloner.CloneSlab:output_type -> quarry.engine.v1.CloneSlabResponse
+	33, // 60: quarry.engine.v1.Copier.CopySlab:output_type -> quarry.engine.v1.CopySlabResponse
+	36, // 61: quarry.engine.v1.Meter.DomainUsage:output_type -> quarry.engine.v1.UsageResponse
+	36, // 62: quarry.engine.v1.Meter.SlabUsage:output_type -> quarry.engine.v1.UsageResponse
+	38, // 63: quarry.engine.v1.Quota.SetQuota:output_type -> quarry.engine.v1.SetQuotaResponse
+	40, // 64: quarry.engine.v1.Differ.DiffSlabs:output_type -> quarry.engine.v1.DiffSlabsResponse
+	43, // 65: quarry.engine.v1.Fencer.Fence:output_type -> quarry.engine.v1.FenceResponse
+	45, // 66: quarry.engine.v1.Fencer.Unfence:output_type -> quarry.engine.v1.UnfenceResponse
+	47, // 67: quarry.engine.v1.GroupSnapshotter.SnapshotSlabs:output_type -> quarry.engine.v1.SnapshotSlabsResponse
+	49, // 68: quarry.engine.v1.Modifier.ModifySlab:output_type -> quarry.engine.v1.ModifySlabResponse
+	51, // 69: quarry.engine.v1.Importer.Importable:output_type -> quarry.engine.v1.ImportableResponse
+	53, // 70: quarry.engine.v1.Importer.ImportSlab:output_type -> quarry.engine.v1.ImportSlabResponse
+	55, // 71: quarry.engine.v1.Importer.KeepSlab:output_type -> quarry.engine.v1.KeepSlabResponse
+	46, // [46:72] is the sub-list for method output_type
+	20, // [20:46] is the sub-list for method input_type
+	20, // [20:20] is the sub-list for extension type_name
+	20, // [20:20] is the sub-list for extension extendee
+	0,  // [0:20] is the sub-list for field type_name
 }
 
 func init() { file_engine_proto_init() }
@@ -3468,7 +3494,7 @@ func file_engine_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_engine_proto_rawDesc), len(file_engine_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   61,
+			NumMessages:   62,
 			NumExtensions: 0,
 			NumServices:   11,
 		},

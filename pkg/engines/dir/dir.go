@@ -53,8 +53,8 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 		MaxSlabSize: maxSlabSize(&st),
 		ZeroedSpace: true,
 		Location:    fmt.Sprintf("%s (%s)", path, fsName(&st)),
-		Params:      posix.SlabParams(),
 	}
+	posix.DescribeParams(&e.desc)
 	if err := e.Clean(ctx); errors.Is(err, fault.Exhausted) || ctx.Err() != nil {
 		// A full disk is no reason to stay away: deleting must be possible.
 		e.note("left-overs of earlier processes: not looked for: %v", err)
@@ -114,7 +114,8 @@ type dirEngine struct {
 // Describe implements engine.Engine.
 func (e *dirEngine) Describe(context.Context) (engine.Description, error) {
 	desc := e.desc
-	desc.Kinds, desc.Notes, desc.Params = slices.Clone(desc.Kinds), slices.Clone(desc.Notes), maps.Clone(desc.Params)
+	desc.Kinds, desc.Notes, desc.TreeParams = slices.Clone(desc.Kinds), slices.Clone(desc.Notes), slices.Clone(desc.TreeParams)
+	desc.Params, desc.ParamValues = maps.Clone(desc.Params), maps.Clone(desc.ParamValues)
 	return desc, nil
 }
 

@@ -24,10 +24,10 @@ const Granularity = 4096
 
 const paramMode = "mode"
 
-// SlabParams are the class parameters that slabs here take, for
-// engine.Description.Params.
-func SlabParams() map[string]string {
-	return map[string]string{paramMode: "mode of a new directory volume's root, in octal (default: 0755): 0777 lets containers write whose user is not root"}
+// DescribeParams says which class parameters slabs here take.
+func DescribeParams(d *engine.Description) {
+	d.ParamValues, d.TreeParams = map[string]string{paramMode: "[0-7]{3,4}"}, []string{paramMode}
+	d.Params = map[string]string{paramMode: "the mode of a new directory volume's root, three or four octal digits (default: 0755); with 0777 containers can write whose user is not root"}
 }
 
 // CreateSlab implements engine.Engine.
