@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"slices"
@@ -64,6 +65,7 @@ var connect = sync.OnceValues(func() (*cluster, error) {
 	if err != nil {
 		return nil, err
 	}
+	config.Wrap(func(next http.RoundTripper) http.RoundTripper { return asksAgain{next} })
 	config.QPS, config.Burst = 100, 200
 	c := &cluster{config: config, command: os.Getenv("QUARRY_CLUSTER_COMMAND"), quarry: os.Getenv("QUARRY_KUBECTL")}
 	if c.kube, err = kubernetes.NewForConfig(config); err != nil {
@@ -98,6 +100,19 @@ type rig struct {
 	testing.TB
 	*cluster
 	ns string
+}
+
+// asksAgain repeats a question that no connection came to be for: an API server on an emulated processor may take longer
+// for its handshake than client-go waits.
+type asksAgain struct{ next http.RoundTripper }
+
+func (a asksAgain) RoundTrip(q *http.Request) (*http.Response, error) {
+	for tries := 1; ; tries++ {
+		answer, err := a.next.RoundTrip(q)
+		if err == nil || q.Method != http.MethodGet || tries == 10 || !strings.Contains(err.Error(), "TLS handshake timeout") {
+			return answer, err
+		}
+	}
 }
 
 func newRig(t testing.TB) *rig {
