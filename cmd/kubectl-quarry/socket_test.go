@@ -180,3 +180,27 @@ func TestEngineCheckRefusesWhatIsNoEngine(t *testing.T) {
 		}
 	}
 }
+
+// TestEngineCheckEmptiesNobodysDomain: an engine that does not heed the new names opens one that is in use.
+func TestEngineCheckEmptiesNobodysDomain(t *testing.T) {
+	reg, dir := engines.Registry(host.Exec{}), t.TempDir()
+	open := func(ctx context.Context, _, _ map[string]string) (engine.Engine, error) {
+		return reg.Open(ctx, domain.Entry{Name: "d", Engine: "dir", Params: map[string]string{"path": dir}})
+	}
+	e, err := open(t.Context(), nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.Close()
+	if err := e.CreateSlab(t.Context(), engine.SlabSpec{ID: "precious", Kind: engine.Block, Size: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	var out, errOut bytes.Buffer
+	code := run(t.Context(), []string{"engine", "check", "--socket", behind(t, "forgetful", open), "--param", "pool=try-{}"}, &out, &errOut)
+	if code != 1 || !strings.Contains(errOut.String(), "1 slabs and 0 tags: nothing is tried there") {
+		t.Errorf("status %d: %s%s", code, out.String(), errOut.String())
+	}
+	if slabs, err := e.ListSlabs(t.Context()); err != nil || len(slabs) != 1 {
+		t.Errorf("somebody's slabs: %v %v", slabs, err)
+	}
+}

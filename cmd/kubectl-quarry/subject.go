@@ -124,7 +124,27 @@ func (s *subject) domain(ctx context.Context) (params map[string]string, end fun
 	for key, value := range params {
 		params[key] = strings.ReplaceAll(value, newName, name)
 	}
+	// An engine that does not heed the name has opened somebody's domain: that must not be emptied.
+	if err := s.isEmpty(ctx, params); err != nil {
+		return nil, nil, err
+	}
 	return params, func() error { return s.empty(ctx, params) }, nil
+}
+
+// isEmpty refuses a domain that is not new.
+func (s *subject) isEmpty(ctx context.Context, params map[string]string) error {
+	e, _, err := s.open(ctx, params, "check-begin")
+	if err != nil {
+		return err
+	}
+	slabs, err := e.ListSlabs(ctx)
+	tags, tagsErr := e.ListTags(ctx, "")
+	err = errors.Join(err, tagsErr, e.Close())
+	if err == nil && len(slabs)+len(tags) > 0 {
+		err = fault.New(fault.Invalid, "parameters %v: a new name stands where %s stood, and the domain that the engine opened has %d slabs and %d tags: nothing is tried there; write %s where the engine makes another domain of it",
+			params, newName, len(slabs), len(tags), newName)
+	}
+	return err
 }
 
 // empty deletes what is in a domain.
