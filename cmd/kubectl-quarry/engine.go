@@ -25,9 +25,6 @@ import (
 // suiteLimit is how long the conformance suite may take.
 const suiteLimit = 15 * time.Minute
 
-// silence is how long an engine's process may leave a question about its health unanswered.
-const silence = 30 * time.Second
-
 // rule is one line of the report. It fails when any of its parts does.
 type rule struct {
 	// Mode is "native"; "socket": the same behind one; "minimal": with every capability hidden;
@@ -67,7 +64,8 @@ The suite needs many new, empty domains. Where a parameter is a directory
 (--directory), all happens in a new sub-directory of it, which is removed afterwards;
 what else is in the directory is not touched. Or write {} into the value of a
 parameter, for which each domain gets another name: the engine has to make such a
-domain when it is opened, and is left with it, empty.
+domain when it is opened, and is left with it, empty. Nothing is tried in a domain
+that is not empty when it is opened under a new name.
 
 Exit status: 0, every rule is kept; 2, one is not; 1, it could not be tried.`,
 		Example: `  kubectl quarry engine check dir --param path=/mnt/try

@@ -171,7 +171,7 @@ func TestEngineCheckRefusesWhatIsNoEngine(t *testing.T) {
 	})
 	for args, want := range map[string]string{
 		"--socket " + socket:   "error: socket " + socket + ": never",
-		"--socket /etc/passwd": "error: socket /etc/passwd: it is not a socket",
+		"--socket /etc/passwd": "error: socket /etc/passwd is not a socket: the path",
 	} {
 		var out, errOut bytes.Buffer
 		code := run(t.Context(), append([]string{"engine", "check", "--param", "pool={}"}, strings.Fields(args)...), &out, &errOut)

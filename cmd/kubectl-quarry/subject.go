@@ -73,9 +73,6 @@ func (s *subject) prepare() (remove func() error, err error) {
 		if s.Socket, err = filepath.Abs(s.Socket); err != nil {
 			return none, fault.New(fault.Invalid, "--socket: %w", err)
 		}
-		if info, err := os.Stat(s.Socket); err == nil && info.Mode().Type() != os.ModeSocket {
-			return none, fault.New(fault.Invalid, "socket %s: it is not a socket", s.Socket)
-		}
 		if _, err := s.secrets(); err != nil {
 			return none, err
 		}
@@ -176,15 +173,9 @@ func (s *subject) open(ctx context.Context, params map[string]string, client str
 	if err != nil {
 		return nil, "", err
 	}
-	r, err := remote.Open(ctx, remote.Config{Dial: remote.Socket(s.Socket), Client: client, Engine: s.Engine, Params: params, Secrets: secrets, Watch: silence,
-		Why: func() string { return "socket " + s.Socket }})
-	switch {
-	case errors.Is(err, fault.Unsupported):
-		return nil, "", fault.New(fault.Unsupported, "socket %s: what listens there does not serve version 1 of quarry.engine.v1: %w", s.Socket, err)
-	case errors.Is(err, fault.Unavailable): // says so already
+	r, err := remote.OpenSocket(ctx, s.Socket, remote.Config{Client: client, Engine: s.Engine, Params: params, Secrets: secrets, Watch: remote.Silence})
+	if err != nil {
 		return nil, "", err
-	case err != nil:
-		return nil, "", fault.New(fault.KindOf(err), "socket %s: %w", s.Socket, err)
 	}
 	return r, r.About(), nil
 }

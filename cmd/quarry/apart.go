@@ -19,10 +19,6 @@ import (
 	"github.com/quarry-csi/quarry/pkg/host"
 )
 
-// watchLimit is how long an engine's process may be silent about its health before its
-// connection is given up, and the process killed if it is Quarry's. hack/adr/0026.
-const watchLimit = 30 * time.Second
-
 // storages open domains: in this process, in one of their own, or behind a socket.
 type storages struct {
 	registry domain.Registry
@@ -79,33 +75,11 @@ func (s storages) config(e domain.Entry) remote.Config {
 
 // behindSocket opens a domain in somebody else's process.
 func (s storages) behindSocket(ctx context.Context, e domain.Entry) (engine.Engine, error) {
-	cfg := s.config(e)
-	cfg.Dial = remote.Socket(e.Socket)
-	cfg.Why = func() string { return "socket " + e.Socket }
-	switch info, err := os.Stat(e.Socket); {
-	case errors.Is(err, os.ErrNotExist): // it may come
-		return nil, fault.New(fault.Unavailable, "socket %s: nothing is there: start the engine's process, or correct the path", e.Socket)
-	case err != nil:
-		return nil, fault.New(fault.Unavailable, "socket: %w", err)
-	case info.Mode().Type() != os.ModeSocket:
-		return nil, fault.New(fault.Invalid, "socket %s is not a socket: the path at which an engine's process listens is needed", e.Socket)
-	}
-	r, err := remote.Open(ctx, cfg)
+	r, err := remote.OpenSocket(ctx, e.Socket, s.config(e))
 	if err != nil {
-		return nil, behind(e.Socket, err)
+		return nil, err
 	}
 	return &apart{r, "at socket " + e.Socket, func() {}}, nil
-}
-
-// behind says what an error of Open means of a socket.
-func behind(socket string, err error) error {
-	switch {
-	case errors.Is(err, fault.Unsupported):
-		return fault.New(fault.Unsupported, "socket %s: what listens there does not serve version 1 of quarry.engine.v1: %w", socket, err)
-	case errors.Is(err, fault.Unavailable): // says so already
-		return err
-	}
-	return fault.New(fault.KindOf(err), "socket %s: %w", socket, err)
 }
 
 // inProcess starts a process for a domain.

@@ -28,6 +28,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/engine/enginepb"
 	"github.com/quarry-csi/quarry/pkg/engine/enginetest"
+	"github.com/quarry-csi/quarry/pkg/engine/remote"
 	"github.com/quarry-csi/quarry/pkg/engine/serve"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
@@ -47,7 +48,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 func testStorages(t *testing.T) storages {
 	t.Helper()
 	t.Setenv(asQuarry, "1")
-	return storages{engines.Registry(host.Exec{}), "n1", watchLimit}
+	return storages{engines.Registry(host.Exec{}), "n1", remote.Silence}
 }
 
 // shortDir is for sockets, whose paths may have 107 bytes only.

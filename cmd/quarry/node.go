@@ -19,6 +19,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/agent"
 	"github.com/quarry-csi/quarry/pkg/csi"
 	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/engine/remote"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/kube"
@@ -105,7 +106,7 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 	}
 	defer flush()
 	registry, metrics := engines.Registry(host.Exec{}), newMetrics()
-	storages := storages{registry, o.nodeID, watchLimit}
+	storages := storages{registry, o.nodeID, remote.Silence}
 	link, err := agent.NewLink(agent.LinkConfig{Node: o.nodeID, Release: version, Engines: registry.OnNodes(),
 		Dial: dialer(o.controller, o.caFile), Token: tokenFrom(o.tokenFile),
 		Open: func(ctx context.Context, kind string, params, secrets map[string]string) (engine.Engine, error) {

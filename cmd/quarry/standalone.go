@@ -16,6 +16,7 @@ import (
 	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/csi"
 	"github.com/quarry-csi/quarry/pkg/domain"
+	"github.com/quarry-csi/quarry/pkg/engine/remote"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
 	"github.com/quarry-csi/quarry/pkg/mover"
@@ -83,7 +84,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 		})
 		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
 	}
-	opening := &openers{manager: manager, open: here(storages{registry, o.nodeID, watchLimit})}
+	opening := &openers{manager: manager, open: here(storages{registry, o.nodeID, remote.Silence})}
 	// The manager closes when nobody asks it any more, and nothing is being opened.
 	stopped := func(err error) error {
 		opening.wait()

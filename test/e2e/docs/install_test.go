@@ -135,7 +135,7 @@ func TestTheCommandsOfINSTALL(t *testing.T) {
 			},
 			uninst: func(string) { r.uninstalled() },
 			gone: func(string) {
-				if left := r.sh("kubectl get csidriver,storageclass,clusterrole,clusterrolebinding,namespace,volumesnapshotclass -o name | grep quarry || true"); left != "" {
+				if left := r.sh("all=$(kubectl get csidriver,storageclass,clusterrole,clusterrolebinding,namespace,volumesnapshotclass -o name) && sed -n /quarry/p <<<\"$all\""); left != "" {
 					r.Errorf("there is still\n%s", left)
 				}
 			},
