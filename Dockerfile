@@ -25,6 +25,7 @@ RUN apt-get update \
       cryptsetup-bin \
       dmsetup \
       e2fsprogs \
+      glusterfs-client \
       kmod \
       lvm2 \
       mount \

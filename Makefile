@@ -15,7 +15,7 @@ LINT_VERSION := v2.15.0
 LINT := $(CACHE)/bin/golangci-lint-$(LINT_VERSION)
 
 # Packages whose tests are long and have targets of their own.
-LONG := /test/(sanity|crash|bench|demo|e2e)(/|$$)
+LONG := /test/(sanity|crash|demo|e2e)(/|$$)
 
 .PHONY: help build image test lint demo sanity crash bench lab e2e generate
 

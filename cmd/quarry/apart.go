@@ -24,6 +24,7 @@ type storages struct {
 	registry domain.Registry
 	node     string
 	watch    time.Duration
+	local    *host.Local
 }
 
 // open opens the storage of an entry.
@@ -43,6 +44,9 @@ func (s storages) open(ctx context.Context, e domain.Entry) (engine.Engine, erro
 	}
 	return opened, nil
 }
+
+// statLimit is how long it may take to find out whose a directory is.
+const statLimit = 10 * time.Second
 
 // apart is an engine in another process.
 type apart struct {
@@ -91,16 +95,24 @@ func (s storages) inProcess(ctx context.Context, e domain.Entry) (engine.Engine,
 	p := &engineProcess{log: klog.FromContext(ctx).WithValues("domain", e.Name, "engine", e.Engine),
 		config: host.ChildConfig{Name: "/proc/self/exe", Args: []string{"engine", e.Engine, "--inherited"}, Capabilities: f.Needs}}
 	if dir := e.Params[f.Directory]; dir != "" && f.Needs != nil {
-		info, err := os.Stat(dir)
-		if err == nil && !info.IsDir() {
-			err = syscall.ENOTDIR
-		}
+		var st syscall.Stat_t
+		err := s.local.Within(ctx, "look at "+dir, statLimit, func() error { // the directory of a share may hang
+			var now syscall.Stat_t
+			err := syscall.Stat(dir, &now)
+			if err == nil && now.Mode&syscall.S_IFMT != syscall.S_IFDIR {
+				err = syscall.ENOTDIR
+			}
+			if err == nil {
+				st = now
+			}
+			return err
+		})
 		if err != nil { // the engine has better words for it
 			return nil, s.wrong(ctx, e, err)
 		}
 		p.config.Args = append(p.config.Args, "--writable", dir)
 		// What it makes belongs to whom the directory belongs.
-		if st, ok := info.Sys().(*syscall.Stat_t); ok && os.Geteuid() == 0 {
+		if os.Geteuid() == 0 {
 			p.config.UID, p.config.GID = st.Uid, st.Gid
 		}
 	}

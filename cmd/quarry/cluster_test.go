@@ -163,18 +163,25 @@ func (a *api) keep(path string, lease map[string]any) {
 type cluster struct {
 	t *testing.T
 	place
-	api   *api
-	ports map[string]string // of controllers, by name
+	api     *api
+	ports   map[string]string // of controllers, by name
+	address string            // at which they take agents
 }
 
 func newCluster(t *testing.T, domains string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, place: newPlace(t, domains), api: newAPI(t), ports: map[string]string{}}
+	return newClusterAt(t, "127.0.0.1", domains)
+}
+
+// newClusterAt has controllers that take agents at an address of this machine.
+func newClusterAt(t *testing.T, address, domains string) *cluster {
+	t.Helper()
+	c := &cluster{t: t, place: newPlace(t, domains), api: newAPI(t), ports: map[string]string{}, address: address}
 	c.file("kubeconfig", "apiVersion: v1\nkind: Config\nclusters: [{name: c, cluster: {server: \""+c.api.URL+"\"}}]\ncontexts: [{name: c, context: {cluster: c}}]\ncurrent-context: c\n")
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	c.must(err)
 	about := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "quarry"}, NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
-		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
+		DNSNames: []string{"localhost"}, IPAddresses: []net.IP{net.ParseIP(address)}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign}
 	cert, err := x509.CreateCertificate(rand.Reader, about, about, &key.PublicKey, key)
 	c.must(err)
 	private, err := x509.MarshalPKCS8PrivateKey(key)
@@ -216,7 +223,7 @@ func (c *cluster) controller(name string, more ...string) *running {
 		c.ports["agents"], c.ports["admin"] = freePort(c.t), freePort(c.t)
 	}
 	return begin(c.t, "Serving CSI", append([]string{"controller", "--domains", c.path("domains.yaml"), "--endpoint", c.path(name + ".sock"), "--admin-endpoint", c.path(name + "-admin.sock"),
-		"--agents-endpoint", "127.0.0.1:" + c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
+		"--agents-endpoint", c.address + ":" + c.ports["agents"], "--tls-cert-file", c.path("tls.crt"), "--tls-private-key-file", c.path("tls.key"),
 		"--kubeconfig", c.path("kubeconfig"), "--namespace", "quarry", "--leader-election-identity", name,
 		"--admin-endpoint", "tcp://127.0.0.1:" + c.ports["admin"], "--leader-election-lease-duration", "10s", "--leader-election-renew-deadline", "8s", "--leader-election-retry-period", "200ms"}, more...)...) // a busy machine must not lose it
 }
@@ -259,8 +266,12 @@ func (c *cluster) agentBy(node string, change func(*exec.Cmd)) *running {
 	c.api.mu.Unlock()
 	c.file(node+".token", token+"\n")
 	c.must(os.MkdirAll(c.path("kubelet"), 0o755))
+	controller := "localhost"
+	if c.address != "127.0.0.1" { // known by that name
+		controller = c.address
+	}
 	return beginBy(c.t, change, "Connected to the controller", "node", "--node-id", node, "--endpoint", c.path(node+".sock"), "--kubelet-dir", c.path("kubelet"),
-		"--controller", "localhost:"+c.ports["agents"], "--controller-ca-file", c.path("tls.crt"), "--token-file", c.path(node+".token"))
+		"--controller", controller+":"+c.ports["agents"], "--controller-ca-file", c.path("tls.crt"), "--token-file", c.path(node+".token"))
 }
 
 // at speaks CSI to a socket.
@@ -275,7 +286,7 @@ func (c *cluster) at(name string) *grpc.ClientConn {
 // again makes a call until the answer is not that something may still be running.
 func again[Q, A any](t *testing.T, method func(context.Context, Q, ...grpc.CallOption) (A, error), request Q) A {
 	t.Helper()
-	for end := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
 		reply, err := method(t.Context(), request)
 		switch code := status.Code(err); {
 		case err == nil:
@@ -318,7 +329,7 @@ func (c *cluster) leads(name string) {
 
 func (c *cluster) wait(what string, is func() bool) {
 	c.t.Helper()
-	for end := time.Now().Add(time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
+	for end := time.Now().Add(patience); !is(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			c.t.Fatalf("waited for %s", what)
 		}

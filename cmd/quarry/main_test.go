@@ -23,10 +23,19 @@ import (
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
+	"github.com/quarry-csi/quarry/test/lab"
 )
 
 // asQuarry makes the test binary be the program.
 const asQuarry = "QUARRY_TEST_AS_PROGRAM"
+
+// patience is how long a program may take for one step: far beyond what it takes.
+var patience = func() time.Duration {
+	if lab.Inside() { // whose processor may be emulated
+		return 6 * time.Minute
+	}
+	return time.Minute
+}()
 
 func TestMain(m *testing.M) {
 	if os.Getenv(asQuarry) != "" {
@@ -75,7 +84,7 @@ func TestABadConfigurationIsOneLineAndStatusOne(t *testing.T) {
 		more    []string
 		want    string // {DIR} stands for the place
 	}{
-		"unknown engine":      {"domains:\n- {name: a, engine: zfs}\n", nil, `{DIR}/domains.yaml:2: domain "a": domains[0].engine: engine "zfs" is unknown: known are "dir", "lvm"`},
+		"unknown engine":      {"domains:\n- {name: a, engine: zfs}\n", nil, `{DIR}/domains.yaml:2: domain "a": domains[0].engine: engine "zfs" is unknown: known are "dir", "gluster", "lvm", "nfs3", "nfs4", "sharedfs", "smb"`},
 		"no such directory":   {"domains:\n- {name: a, engine: dir, params: {path: /nonexistent/x}}\n", nil, `open in domain a: parameter "path": /nonexistent/x does not exist: create the directory or mount its file system`},
 		"broken YAML":         {"domains: [\n", nil, `{DIR}/domains.yaml: yaml: line 1: did not find expected node content`},
 		"no domains file":     {oneDomain, []string{"--domains", "/nonexistent"}, `domains file: stat /nonexistent: no such file or directory`},
@@ -158,7 +167,7 @@ func beginBy(t *testing.T, change func(*exec.Cmd), until string, args ...string)
 	case <-seen:
 	case err := <-r.ended:
 		t.Fatalf("ended with %v:\n%s", err, r.said())
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatalf("%q was not said:\n%s", until, r.said())
 	}
 	return r
@@ -180,7 +189,7 @@ func (r *running) stop(t *testing.T) {
 		if err != nil {
 			t.Errorf("ended with %v:\n%s", err, r.said())
 		}
-	case <-time.After(time.Minute):
+	case <-time.After(patience):
 		t.Fatalf("it did not end:\n%s", r.said())
 	}
 }

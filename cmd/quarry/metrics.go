@@ -62,10 +62,15 @@ func (m *metrics) observe(op, domain, path string, took time.Duration, err error
 // watchDomains and watchHost add what is asked for at each scrape.
 func (m *metrics) watchDomains(d domainLister) { m.registry.MustRegister(newDomainCollector(d)) }
 
-func (m *metrics) watchHost(a interface{ Abandoned() int }) {
+func (m *metrics) watchHost(a interface {
+	Abandoned() int
+	Paused() int
+}) {
 	m.registry.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "quarry_abandoned_calls", Help: "System calls that hang on storage that does not answer.",
-	}, func() float64 { return float64(a.Abandoned()) }))
+	}, func() float64 { return float64(a.Abandoned()) }), prometheus.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "quarry_paused_layers", Help: "Layers in use on this node whose reads and writes wait, because their storage is nearly full.",
+	}, func() float64 { return float64(a.Paused()) }))
 }
 
 // domainsOf tells of the domains that are not open.

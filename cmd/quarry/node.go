@@ -106,7 +106,7 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 	}
 	defer flush()
 	registry, metrics := engines.Registry(host.Exec{}), newMetrics()
-	storages := storages{registry, o.nodeID, remote.Silence}
+	storages := storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{})}
 	link, err := agent.NewLink(agent.LinkConfig{Node: o.nodeID, Release: version, Engines: registry.OnNodes(),
 		Dial: dialer(o.controller, o.caFile), Token: tokenFrom(o.tokenFile),
 		Open: func(ctx context.Context, kind string, params, secrets map[string]string) (engine.Engine, error) {
@@ -157,6 +157,7 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 		return service.Serve(ctx, o.csi.String())
 	})
 	group.Go(func() error { return link.Run(linked, n, work) })
+	group.Go(func() error { return n.Guard(linked) })
 	if o.registrationDir != "" {
 		group.Go(func() error {
 			return kube.Register(ctx, kube.RegistrationConfig{SocketDir: o.registrationDir, DriverName: cmp.Or(o.driverName, csi.DriverName), Endpoint: o.kubeletEndpoint}, nil)

@@ -84,7 +84,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 		})
 		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
 	}
-	opening := &openers{manager: manager, open: here(storages{registry, o.nodeID, remote.Silence})}
+	opening := &openers{manager: manager, open: here(storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{})})}
 	// The manager closes when nobody asks it any more, and nothing is being opened.
 	stopped := func(err error) error {
 		opening.wait()
@@ -120,6 +120,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 		return nil
 	})
 	group.Go(func() error { return service.Serve(ctx, o.csi.String()) })
+	group.Go(func() error { return agent.Guard(ctx) })
 	about := admin.Version{
 		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Node: o.nodeID, Installation: o.installation, Driver: cmp.Or(o.driverName, csi.DriverName),

@@ -14,6 +14,7 @@ import (
 
 	"google.golang.org/protobuf/proto"
 
+	"github.com/quarry-csi/quarry/pkg/agent"
 	"github.com/quarry-csi/quarry/pkg/agent/agentpb"
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -319,4 +320,34 @@ func TestAnotherControllerTakesOver(t *testing.T) {
 		t.Errorf("the volume is %+v", now)
 	}
 	r.volume("w", "a", 1<<20)
+}
+
+// TestAnOlderAgentKeepsTheDomainsThatItKnows: during an upgrade a domain of a new type of storage is opened
+// where it can be, and takes the others nothing away.
+func TestAnOlderAgentKeepsTheDomainsThatItKnows(t *testing.T) {
+	r := newRig(t)
+	older := r.agentKnowing("older", "dir")
+	_, err := r.hub.OpenDomain(r.ctx, agent.DomainSpec{Name: "b", Engine: "new", Params: map[string]string{"path": r.dirs["b"]}})
+	r.is(err, fault.Unavailable)
+	if !strings.Contains(err.Error(), `engine "new"`) {
+		t.Errorf("%v: does not say what is missing", err)
+	}
+	newer := r.agentKnowing("newer", "dir", "new")
+	fresh := r.openOf("b", "", "new")
+	known := r.open("a", "")
+	for _, id := range []string{known, fresh} {
+		if _, err := newer.link.Engine(id); err != nil {
+			t.Errorf("on the newer node: %v", err)
+		}
+	}
+	if _, err := older.link.Engine(known); err != nil {
+		t.Errorf("on the older node: %v", err)
+	}
+	_, err = older.link.Engine(fresh)
+	r.is(err, fault.Unavailable)
+	r.volume("v", "b", 1<<20)
+
+	older.stop()
+	older = r.agentKnowing("older", "dir", "new") // upgraded
+	r.wait("the domain of the new type to be open there", func() bool { _, err := older.link.Engine(fresh); return err == nil })
 }

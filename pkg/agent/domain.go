@@ -67,10 +67,8 @@ func (d *Domain) Adopt(ctx context.Context, epoch int64, ids ...string) {
 	d.o.ids, d.o.epoch = slices.Clone(ids), epoch
 	d.o.mu.Unlock()
 	var told []<-chan struct{}
-	for _, n := range d.hub.Nodes() {
-		if d.o.reaches(n) {
-			told = append(told, d.hub.Prepare(n))
-		}
+	for _, n := range d.hub.from(d.o) {
+		told = append(told, d.hub.Prepare(n))
 	}
 	limit := time.NewTimer(adoptLimit)
 	defer limit.Stop()
@@ -89,7 +87,7 @@ func (d *Domain) Adopt(ctx context.Context, epoch int64, ids ...string) {
 // and the context to ask it with.
 func (d *Domain) on(ctx context.Context) (context.Context, *remote.Engine, error) {
 	ctx = d.o.carry(ctx)
-	nodes := d.o.order(slices.DeleteFunc(d.hub.Nodes(), func(n string) bool { return !d.o.reaches(n) }))
+	nodes := d.hub.from(d.o)
 	var first error
 	for _, n := range nodes {
 		p, err := d.hub.peer(n)
@@ -115,6 +113,8 @@ func (d *Domain) on(ctx context.Context) (context.Context, *remote.Engine, error
 		return ctx, nil, fault.New(fault.Unavailable, "domain %s cannot be opened on another node: %w", d.o.name, first)
 	case first != nil:
 		return ctx, nil, first
+	case len(nodes) == 0 && slices.ContainsFunc(d.hub.Nodes(), d.o.reaches):
+		return ctx, nil, fault.New(fault.Unavailable, "domain %s: no agent that is connected knows engine %q: upgrade the DaemonSet", d.o.name, d.o.engine)
 	case d.o.node != "":
 		return ctx, nil, fault.New(fault.Unavailable, "domain %s belongs to node %s, which has no agent that is connected: look at the quarry pod there", d.o.name, d.o.node)
 	}

@@ -61,6 +61,8 @@ type peer struct {
 
 	mu      sync.Mutex
 	session *yamux.Session // nil: it has left
+	engines []string       // the types of storage that it knows, by its last hello
+	release string
 	// preparing: somebody prepares the node, and does it again for those who wait.
 	preparing bool
 	waiting   []chan struct{}
@@ -176,7 +178,7 @@ func (h *Hub) join(hello *agentpb.Hello, s *yamux.Session) (*peer, error) {
 	}
 	p.mu.Lock()
 	old := p.session
-	p.session = s
+	p.session, p.engines, p.release = s, hello.GetEngines(), hello.GetRelease()
 	p.mu.Unlock()
 	if old != nil {
 		_ = old.Close()
@@ -236,6 +238,14 @@ func (p *peer) connected() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.session != nil && !p.session.IsClosed()
+}
+
+// knows says whether the agent can open domains of a type: one of an older release, during an
+// upgrade, may not.
+func (p *peer) knows(engine string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Contains(p.engines, engine)
 }
 
 // isConnected says whether a node's agent is.

@@ -53,7 +53,7 @@ func hubWith(t *testing.T, a *asked) (*Hub, *yamux.Session) {
 	}
 	h := NewHub(HubConfig{})
 	t.Cleanup(func() { s.Close(); c.Close(); h.cancel() })
-	h.peers["n1"] = &peer{hub: h, node: "n1", rpc: a, session: s}
+	h.peers["n1"] = &peer{hub: h, node: "n1", rpc: a, session: s, engines: []string{"dir"}}
 	return h, s
 }
 
@@ -62,7 +62,7 @@ func hubWith(t *testing.T, a *asked) (*Hub, *yamux.Session) {
 func TestNodesAreAskedAtEachEpochForWorkOfEarlierOnes(t *testing.T) {
 	a := &asked{}
 	h, _ := hubWith(t, a)
-	o := &opening{ids: []string{"a"}}
+	o := &opening{ids: []string{"a"}, engine: "dir"}
 	h.domains["a@"] = o
 	p := image.Place{Domain: "a", Slab: "s"}
 	for epoch := int64(1); epoch < 4; epoch++ {

@@ -141,9 +141,18 @@ func (h *Hub) places(domain string) []string {
 		if !mine {
 			continue
 		}
-		out = append(out, o.order(slices.DeleteFunc(h.Nodes(), func(n string) bool { return !o.reaches(n) }))...)
+		out = append(out, h.from(o)...)
 	}
 	return out
+}
+
+// from are the connected nodes from which a domain can be reached, by agents that know its type
+// of storage, best first.
+func (h *Hub) from(o *opening) []string {
+	return o.order(slices.DeleteFunc(h.Nodes(), func(n string) bool {
+		p, err := h.peer(n)
+		return err != nil || !o.reaches(n) || !p.knows(o.engine)
+	}))
 }
 
 // Prepare tells a node the IDs of all domains that it reaches, and opens them there. What
@@ -211,6 +220,12 @@ func (h *Hub) prepare(ctx context.Context, p *peer) (ok bool) {
 	var reached []*opening
 	for _, o := range h.openings() {
 		if !o.reaches(p.node) {
+			continue
+		}
+		if !p.knows(o.engine) { // which would refuse to hear of any
+			p.mu.Lock()
+			log.Info("A node's agent does not know a domain's type of storage: the domain cannot be used there before the agent is upgraded", "domain", o.name, "engine", o.engine, "node", p.node, "release", p.release)
+			p.mu.Unlock()
 			continue
 		}
 		reached = append(reached, o)

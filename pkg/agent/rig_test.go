@@ -202,20 +202,31 @@ type worker struct {
 // agent starts one, with a token of its node.
 func (r *rig) agent(name string) *worker {
 	r.t.Helper()
+	return r.agentKnowing(name, "dir")
+}
+
+// agentKnowing starts one that knows some types of storage, which are all directories.
+func (r *rig) agentKnowing(name string, engines ...string) *worker {
+	r.t.Helper()
 	token := rand.Text()
 	r.mu.Lock()
 	r.tokens[token] = name
 	r.mu.Unlock()
-	w := r.agentWith(name, token)
+	w := r.agentOf(name, token, engines...)
 	r.wait(name+" to connect", func() bool { _, err := r.hub.Agent(name); return err == nil && w.link.Connected() })
 	return w
 }
 
 func (r *rig) agentWith(name, token string) *worker {
 	r.t.Helper()
+	return r.agentOf(name, token, "dir")
+}
+
+func (r *rig) agentOf(name, token string, engines ...string) *worker {
+	r.t.Helper()
 	w := &worker{r: r, name: name, copies: r.copies}
 	var err error
-	w.link, err = agent.NewLink(agent.LinkConfig{Node: name, Release: "test", Engines: []string{"dir"}, Dial: w.dial, Drain: time.Millisecond,
+	w.link, err = agent.NewLink(agent.LinkConfig{Node: name, Release: "test", Engines: engines, Dial: w.dial, Drain: time.Millisecond,
 		Token: func() (string, error) { return token, nil },
 		Open: func(ctx context.Context, _ string, params, _ map[string]string) (engine.Engine, error) {
 			return dir.Open(ctx, params, host.Exec{})
@@ -323,13 +334,19 @@ func (p pausing) block(ctx context.Context, dst string, o image.BlockCopy, copie
 // open opens a domain on the nodes.
 func (r *rig) open(name, on string) string {
 	r.t.Helper()
-	d, err := r.hub.OpenDomain(r.ctx, agent.DomainSpec{Name: name, Engine: "dir", Params: map[string]string{"path": r.dirs[name]}, Node: on})
+	return r.openOf(name, on, "dir")
+}
+
+// openOf opens a domain of a type of storage.
+func (r *rig) openOf(name, on, kind string) string {
+	r.t.Helper()
+	d, err := r.hub.OpenDomain(r.ctx, agent.DomainSpec{Name: name, Engine: kind, Params: map[string]string{"path": r.dirs[name]}, Node: on})
 	r.must(err)
 	scope := image.ScopeShared
 	if on != "" {
 		scope = image.ScopeNode
 	}
-	id, err := r.manager.AddDomain(r.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: scope, Node: on, Overcommit: 1000}, d)
+	id, err := r.manager.AddDomain(r.ctx, image.DomainConfig{Name: name, Engine: kind, Scope: scope, Node: on, Overcommit: 1000}, d)
 	r.must(err)
 	ids, epoch, err := r.manager.IDs(id)
 	r.must(err)

@@ -41,7 +41,9 @@ package block
 
 import (
 	"context"
+	"errors"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -103,11 +105,14 @@ type Device struct {
 	DirectIO bool
 	// Note says what an operator should know; may be empty.
 	Note string
+	// Paused says why I/O waits, somewhere below the device; empty: it does not. See Pause.
+	Paused string
 	// Backing is the path of the slab that takes the writes, as the kernel shows
 	// it, Dev and Inode what it is.
 	Backing    string
 	Dev, Inode uint64
 
+	below  []string     // UUIDs of what it stands on
 	loop   *host.Loop   // one of the two
 	mapped *host.Mapped // the other
 	crypt  *host.Mapped // what stands over mapped, of an encrypted image
@@ -126,6 +131,10 @@ type Devices struct {
 	why   error                    // or this
 	asked time.Time                // then
 	crypt bool                     // Encrypts was nil once
+
+	changes atomic.Int64
+	paused  map[string]*paused // by UUID
+	letting map[string]int     // devices whose I/O goes on although it is paused, and how many want that
 }
 
 // Layers says whether chains can be built here: nil, or fault.Unsupported with
@@ -154,7 +163,8 @@ func (d *Devices) Layers(ctx context.Context) error {
 // shorter than recorded, or a layer's store is missing, damaged or invalid.
 // fault.InUse: it exists read-only and in use and should not be, or the reverse; or a
 // device under our name is not what it should be. fault.Conflict: it is in
-// use with a chain that this one does not continue.
+// use with a chain that this one does not continue. fault.Exhausted: a device of the
+// chain is paused.
 //
 // Of an encrypted image also, when it was not open: fault.Permission: the passphrase is
 // wrong. fault.Corrupt: its header is damaged, or Format found something else.
@@ -270,12 +280,14 @@ func (dev Device) Owns(owner string) bool {
 func (dev Device) Switchable() bool { return dev.mapped != nil }
 
 // Detach writes out and takes the device down, and everything below it that
-// nobody else uses. fault.InUse: it is in use.
+// nobody else uses; where it is paused, that goes on by itself. fault.InUse: it is in use.
 func (d *Devices) Detach(ctx context.Context, dev Device) error {
 	if dev.loop != nil {
 		return d.host().DetachLoop(ctx, *dev.loop)
 	}
-	return d.detach(ctx, dev)
+	done, err := d.Let(dev)
+	defer done()
+	return errors.Join(err, d.detach(ctx, dev))
 }
 
 // attachLoop builds the device of a single slab as a loop device.

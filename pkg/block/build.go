@@ -106,9 +106,11 @@ func strange(m host.Mapped, want string) error {
 
 // awake takes over a device as a killed predecessor may have left it. What it
 // suspended is resumed, with the table that it loaded then: it reads the same. A
-// table that was loaded into a live device is dropped.
+// table that was loaded into a live device is dropped. fault.Exhausted: it is paused.
 func (d *Devices) awake(ctx context.Context, w *world, m host.Mapped) (host.Mapped, error) {
 	switch {
+	case m.Suspended && d.pausedFor(m.UUID) != "":
+		return m, waits(m.Name, d.pausedFor(m.UUID))
 	case m.Suspended:
 		if err := d.host().ResumeMapped(ctx, m); err != nil {
 			return m, err
@@ -204,7 +206,10 @@ func (d *Devices) slab(ctx context.Context, w *world, slab Slab, size int64) (nu
 			return fault.New(statKind(err), "stat %s: %w", slab.Path, err)
 		}
 		st = now
-		return nil
+		if now.Mode&unix.S_IFMT == unix.S_IFBLK {
+			return nil
+		}
+		return layer.Harmless(slab.Path, slab.Chunk)
 	})
 	if err != nil {
 		return "", "", err

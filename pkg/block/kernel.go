@@ -1,6 +1,7 @@
 package block
 
 import (
+	"cmp"
 	"context"
 	"os"
 	"slices"
@@ -50,6 +51,8 @@ type world struct {
 	// dumb is fault.Unavailable when some loop device does not answer. It is not
 	// seen, and so not touched.
 	dumb error
+	// paused are the UUIDs of devices whose I/O waits, and why.
+	paused map[string]string
 	// made are the UUIDs of the layers' devices that were made since.
 	made []string
 }
@@ -69,7 +72,12 @@ func (d *Devices) fresh(ctx context.Context, specs ...Spec) (*world, error) {
 
 // look asks the kernel. Without device-mapper there are only tops to see.
 func (d *Devices) look(ctx context.Context) (*world, error) {
-	w := &world{}
+	w := &world{paused: map[string]string{}}
+	d.mu.Lock()
+	for uuid, p := range d.paused {
+		w.paused[uuid] = p.why
+	}
+	d.mu.Unlock()
 	switch err := d.Layers(ctx); {
 	case err == nil:
 		if w.mapped, err = d.host().Mapped(ctx, uuidPrefix); err != nil {
@@ -219,7 +227,10 @@ func (w *world) top(m *host.Mapped) (Device, bool) {
 	if !ok {
 		return Device{}, false
 	}
-	dev := Device{Path: m.Path, Use: use, Size: m.Size, ReadOnly: m.ReadOnly, DirectIO: true, mapped: m, Locked: sealed(*m)}
+	dev := Device{Path: m.Path, Use: use, Size: m.Size, ReadOnly: m.ReadOnly, DirectIO: true, mapped: m, Locked: sealed(*m), below: w.below(*m)}
+	for _, uuid := range dev.below {
+		dev.Paused = cmp.Or(dev.Paused, w.paused[uuid])
+	}
 	if c := w.uuid(cryptOf(m.UUID)); dev.Locked && c != nil {
 		dev.opened(c)
 	}
@@ -280,6 +291,7 @@ func (d *Devices) lockDomains(ctx context.Context, names []string) (unlock func(
 	names = slices.Compact(names)
 	var held []string
 	unlock = func() {
+		d.changes.Add(1)
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		for _, n := range held {

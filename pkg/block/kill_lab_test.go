@@ -17,7 +17,7 @@ import (
 
 // order is what a child process does until it is killed.
 type order struct {
-	What string // "attach", "switch", "merge", "stop", "grow", "detach"
+	What string // "attach", "switch", "merge", "stop", "grow", "detach", "pause"
 	Spec Spec
 	Kill int // before or after its n-th call that changes something
 }
@@ -58,6 +58,20 @@ func (o order) obey(d *Devices) error {
 			}
 			time.Sleep(5 * time.Millisecond)
 		}
+	case "pause": // and is killed
+		_, err := d.Recover(bg)
+		var list []Thin
+		if err == nil {
+			list, err = d.Thin(bg)
+		}
+		if err == nil {
+			err = d.Pause(bg, list, "a test", false)
+		}
+		if err != nil {
+			return err
+		}
+		fmt.Println("paused")
+		select {}
 	case "stop":
 		return d.StopMerge(bg, o.Spec.Slabs[0].ID)
 	case "grow", "detach":

@@ -24,7 +24,8 @@ type Merge struct {
 // layer may stand on it.
 //
 // fault.NotFound: the layer has no device here: attach its image. fault.InUse:
-// somebody else reads the parent. fault.Invalid: the parent is too small.
+// somebody else reads the parent. fault.Invalid: the parent is too small. fault.Exhausted:
+// the layer is paused.
 // fault.Corrupt: the layer's store is invalid, or moving failed: the
 // content is still right, in the layer and its parent together.
 func (d *Devices) Merge(ctx context.Context, chain []Slab) (Merge, error) {
@@ -209,6 +210,15 @@ func (d *Devices) StopMerge(ctx context.Context, slab string) error {
 	old := w.uuid(slabUUID(slab))
 	if old == nil || old.Targets == nil {
 		return nil
+	}
+	// To stop writes nothing but what is under way.
+	done, err := d.let(append(w.below(*old), old.UUID))
+	defer done()
+	if err != nil {
+		return err
+	}
+	if old, err = d.host().MappedByUUID(ctx, old.UUID); err != nil || old == nil {
+		return err
 	}
 	m, err := d.awake(ctx, w, *old)
 	if err == nil && read(m).kind == "snapshot-merge" {

@@ -67,7 +67,7 @@ func (s *Server) createRequest(req *csi.CreateVolumeRequest) (r image.CreateRequ
 	// the domain by the Image Manager.
 	return image.CreateRequest{
 		Name: req.GetName(), Domains: c.domains, Layout: c.layout, Accesses: as, Size: size, Limit: limit,
-		Source: source, SourceMutable: mutable, RequireNative: c.requireNative, RestoreToSource: c.restoreToSource, Encrypted: c.encrypted,
+		Source: source, SourceMutable: mutable, RequireNative: c.requireNative, RestoreToSource: c.restoreToSource, Encrypted: c.encrypted, ThinLayers: c.thinLayers,
 		Params: c.engine, Tuning: c.tuning, Described: c.described, Nodes: where,
 	}, nil
 }
@@ -349,6 +349,9 @@ func (s *Server) validate(ctx context.Context, img image.Image, as []image.Acces
 	}
 	if v, said := req.GetParameters()[paramEncrypted]; said && c.encrypted != img.Encrypted {
 		return fault.New(fault.Invalid, "parameter %s=%q: the volume has encrypted=%t", paramEncrypted, v, img.Encrypted)
+	}
+	if v, said := req.GetParameters()[paramThinLayers]; said && c.thinLayers != img.ThinLayers {
+		return fault.New(fault.Invalid, "parameter %s=%q: the volume has thinLayers=%t", paramThinLayers, v, img.ThinLayers)
 	}
 	if len(c.domains) == 0 {
 		return nil

@@ -48,7 +48,7 @@ func TestCreateVolumeTranslates(t *testing.T) {
 	req.VolumeCapabilities = append(req.VolumeCapabilities, mount("", csi.VolumeCapability_AccessMode_MULTI_NODE_READER_ONLY))
 	req.Parameters = map[string]string{
 		"domains": "nas, local", "layout": "image", "requireNative": "snapshot,clone", "restorePlacement": "source",
-		"chainLimit": "3", "mode": "0750",
+		"chainLimit": "3", "mode": "0750", "thinLayers": "true",
 		"csi.storage.k8s.io/pvc/namespace": "shop", "csi.storage.k8s.io/pvc/name": "data", "csi.storage.k8s.io/pv/name": "pv-1",
 		"csi.storage.k8s.io/fstype": "xfs",
 	}
@@ -69,7 +69,7 @@ func TestCreateVolumeTranslates(t *testing.T) {
 		Accesses: []image.Access{
 			{Filesystem: "xfs", Mode: image.SingleNodeWriter}, {Mode: image.MultiNodeReaderOnly},
 		},
-		Source: "nas/s-1", RequireNative: []engine.Capability{engine.CapSnapshot, engine.CapClone}, RestoreToSource: true,
+		Source: "nas/s-1", RequireNative: []engine.Capability{engine.CapSnapshot, engine.CapClone}, RestoreToSource: true, ThinLayers: true,
 		Params: map[string]string{"mode": "0750"}, Tuning: image.Tuning{ChainLimit: 4, QuiesceLimit: 3 * time.Second},
 		Described: image.Described{Namespace: "shop", Claim: "data", Volume: "pv-1", Filesystem: "xfs", Modes: []string{"SINGLE_NODE_WRITER", "MULTI_NODE_READER_ONLY"}},
 		Nodes:     []string{"n2", "n1"},
@@ -172,6 +172,7 @@ func TestBadClassesAreRefused(t *testing.T) {
 		{"layout": "dir"}, {"layout": ""}, {"layout": "Directory"},
 		{"domain": "a", "domains": "b"}, {"domain": ""}, {"domain": "../etc"}, {"domain": "a,b"}, {"domains": "a,,b"}, {"domains": "a,a"},
 		{"requireNative": "teleport"}, {"requireNative": ""}, {"restorePlacement": "here"},
+		{"thinLayers": ""}, {"thinLayers": "yes"}, {"thinLayers": "True"}, {"encrypted": "no"},
 		{"chainLimit": "0"}, {"chainLimit": "-1"}, {"chainLimit": "65"}, {"chainLimit": "8.5"}, {"chainLimit": "99999999999999999999"},
 		{"quiesceLimit": "10"}, {"quiesceLimit": "-1s"}, {"quiesceLimit": "0s"}, {"quiesceLimit": "11m"},
 		{"mode": strings.Repeat("x", 4096)},

@@ -20,6 +20,7 @@ const (
 	paramLayout           = "layout"
 	paramRequireNative    = "requireNative"
 	paramRestorePlacement = "restorePlacement"
+	paramThinLayers       = "thinLayers"
 	paramChainLimit       = "chainLimit"
 	paramQuiesceLimit     = "quiesceLimit"
 	paramInexact          = "inexact"
@@ -40,6 +41,7 @@ type class struct {
 	requireNative   []engine.Capability
 	restoreToSource bool
 	encrypted       bool
+	thinLayers      bool
 	tuning          image.Tuning
 	engine          map[string]string
 	described       image.Described
@@ -75,10 +77,9 @@ func parseClass(params, mutable map[string]string) (class, error) {
 				err = unknownValue(k, v, "move", "source")
 			}
 		case k == paramEncrypted:
-			c.encrypted = v == "true"
-			if v != "true" && v != "false" {
-				err = unknownValue(k, v, "true", "false")
-			}
+			c.encrypted, err = yes(k, v)
+		case k == paramThinLayers:
+			c.thinLayers, err = yes(k, v)
 		case k == paramChainLimit || k == paramQuiesceLimit:
 			tuning[k] = v
 		default:
@@ -188,7 +189,7 @@ func (s *Server) checkEngineParams(c class) error {
 	if len(c.engine) == 0 {
 		return nil
 	}
-	known := []string{paramDomain, paramDomains, paramEncrypted, paramLayout, paramRequireNative, paramRestorePlacement, paramChainLimit, paramQuiesceLimit}
+	known := []string{paramDomain, paramDomains, paramEncrypted, paramLayout, paramRequireNative, paramRestorePlacement, paramThinLayers, paramChainLimit, paramQuiesceLimit}
 	for _, d := range s.cfg.Manager.KnownDomains() {
 		if !c.places(d) {
 			continue
@@ -252,6 +253,14 @@ func natives(v string) ([]engine.Capability, error) {
 		out = append(out, engine.Capability(p))
 	}
 	return out, nil
+}
+
+// yes reads "true" or "false".
+func yes(key, v string) (bool, error) {
+	if v != "true" && v != "false" {
+		return false, unknownValue(key, v, "true", "false")
+	}
+	return v == "true", nil
 }
 
 func unknownValue(key, value string, known ...string) error {

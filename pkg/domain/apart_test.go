@@ -42,7 +42,7 @@ func TestANodeRefusesWhatItDoesNotKnow(t *testing.T) {
 		fault  fault.Kind
 		want   string
 	}{
-		{"zfs", nil, fault.Invalid, `engine "zfs" is unknown: known are "dir", "share"`},
+		{"zfs", nil, fault.Invalid, `engine "zfs" is unknown: known are "dir", "share", "share4"`},
 		{"dir", map[string]string{"quarry.dev/tomorrow": "1"}, fault.Invalid, `parameter "quarry.dev/tomorrow" is unknown to engine "dir": only "path" is known`},
 		{"socket", map[string]string{"path": "/x"}, fault.Invalid, "a domain behind a socket needs the parameters quarry.dev/socket and quarry.dev/engine"},
 		{"socket", map[string]string{"quarry.dev/socket": "/x", "quarry.dev/engine": "a", "quarry.dev/tomorrow": "1"}, fault.Unsupported,

@@ -268,11 +268,14 @@ func claimNames(e Entry, fields map[string]place, taken map[string]string) error
 }
 
 // sameStorage says whether two entries would open the same storage: the same
-// directory, however it is spelled or linked, or the same engine with the same
+// directory, however it is spelled or linked, the same place, or the same engine with the same
 // parameters. What it cannot see (two names of one server) is caught by the
 // domain's epoch.
 func sameStorage(reg Registry, a, b Entry) bool {
 	if a.Engine == b.Engine && a.Socket == b.Socket && maps.Equal(a.Params, b.Params) {
+		return true
+	}
+	if p := reg.place(a); p != "" && p == reg.place(b) {
 		return true
 	}
 	pa, pb := a.Params[reg[a.Engine].Directory], b.Params[reg[b.Engine].Directory]

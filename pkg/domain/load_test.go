@@ -33,6 +33,12 @@ func testRegistry() Registry {
 				return map[string]string{"server": "its name", "export": "its path"}
 			},
 		},
+		"share4": {
+			Params: func() map[string]string {
+				return map[string]string{"server": "its name", "export": "its path", "version": "of the protocol"}
+			},
+			Place: func(params map[string]string) string { return params["server"] + ":" + params["export"] },
+		},
 	}
 }
 
@@ -142,7 +148,7 @@ func TestWhatIsWrongIsSaidExactly(t *testing.T) {
 		"dots":              {"domains:\n- name: a.b\n", `{FILE}:2: domains[0].name: value "a.b" is not allowed: ` + allowedName},
 		"control character": {"domains:\n- name: \"a\\nb\"\n", `{FILE}:2: domains[0].name: value "a\nb" is not allowed: ` + allowedName},
 		"no engine":         {"domains:\n- name: local\n", `{FILE}:2: domain "local": domains[0]: engine is missing`},
-		"unknown engine":    {"domains:\n- name: local\n  engine: zfs\n", `{FILE}:3: domain "local": domains[0].engine: engine "zfs" is unknown: known are "dir", "share"`},
+		"unknown engine":    {"domains:\n- name: local\n  engine: zfs\n", `{FILE}:3: domain "local": domains[0].engine: engine "zfs" is unknown: known are "dir", "share", "share4"`},
 		"unknown parameter": {"domains:\n- name: local\n  engine: dir\n  params: {pth: /x}\n", `{FILE}:4: domain "local": domains[0].params.pth: unknown field: only "path" is known`},
 		"numeric parameter": {"domains:\n- name: local\n  engine: dir\n  params: {path: 010}\n", `{FILE}:4: domain "local": domains[0].params.path: value "010": must be a string: write it in quotes: "010"`},
 		"params a list":     {"domains:\n- name: local\n  engine: dir\n  params: []\n", `{FILE}:4: domain "local": domains[0].params: a list: must be a map`},
@@ -171,9 +177,10 @@ func TestWhatIsWrongIsSaidExactly(t *testing.T) {
 		"socket a number":   {"domains:\n- {name: a, socket: 7}\n", `{FILE}:2: domain "a": domains[0].socket: value "7": must be a string: write it in quotes: "7"`},
 		"both":              {"domains:\n- {name: a, socket: /x, process: true}\n", `{FILE}:2: domain "a": domains[0].process: value true does not go with socket: a process is started by Quarry, or listens on a socket`},
 		"process a string":  {entry("  process: always\n"), `{FILE}:5: domain "local": domains[0].process: value "always": must be true or false`},
-		"process unknown":   {"domains:\n- {name: a, engine: zfs, process: true}\n", `{FILE}:2: domain "a": domains[0].engine: engine "zfs" is unknown: known are "dir", "share"`},
+		"process unknown":   {"domains:\n- {name: a, engine: zfs, process: true}\n", `{FILE}:2: domain "a": domains[0].engine: engine "zfs" is unknown: known are "dir", "share", "share4"`},
 		"empty type":        {"domains:\n- {name: a, engine: \"\", socket: /x}\n", `{FILE}:2: domain "a": domains[0].engine: value "": must be the type that the process says it is, or be left out`},
 		"our own names":     {"domains:\n- {name: a, socket: /x, params: {quarry.dev/socket: /y}}\n", `{FILE}:2: domain "a": domains[0].params.quarry.dev/socket: is not allowed: names that begin with quarry.dev/ are Quarry's own`},
+		"one place twice":   {"domains:\n- {name: a, engine: share4, params: {server: s, export: /e, version: '4.1'}}\n- {name: b, engine: share4, params: {server: s, export: /e}}\n", `{FILE}:3: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
 		"one socket twice":  {"domains:\n- {name: a, socket: /x, params: &p {k: v}}\n- {name: b, socket: /./x, params: *p}\n", `{FILE}:2: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
 		"ours and a socket": {"domains:\n- {name: a, engine: dir, params: {path: /p}}\n- {name: b, engine: dir, socket: /x, params: {path: /p/}}\n", `{FILE}:3: domain "b": domains[1].params: is the same storage as that of domain "a": a storage can be one domain only`},
 		"no params twice":   {"domains:\n- {name: a, engine: share}\n- {name: b, engine: share}\n", `{FILE}:3: domain "b": domains[1].name: is the same storage as that of domain "a": a storage can be one domain only`},

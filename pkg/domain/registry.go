@@ -32,6 +32,10 @@ type Factory struct {
 	// empty: no two domains may have the same one. In a process of its own the
 	// engine writes there only.
 	Directory string
+	// Place is where the storage of checked params is, in words that are the same for two entries
+	// of the same storage, also of two types ("nfs://nas/export/k8s"): no two domains may have the same.
+	// nil, and "": nothing can be said, or Directory says it.
+	Place func(params map[string]string) string
 	// Needs are the capabilities (capabilities(7), by number) that the engine has to have in a
 	// process of its own; nil: all.
 	Needs []uint
@@ -42,6 +46,14 @@ func (f Factory) params() map[string]string {
 		return nil
 	}
 	return f.Params()
+}
+
+// place is where the storage of an entry is, or "".
+func (r Registry) place(e Entry) string {
+	if f := r[e.Engine]; f.Place != nil && e.Socket == "" {
+		return f.Place(maps.Clone(e.Params))
+	}
+	return ""
 }
 
 // Registry holds the types of storage that a program was built with, by the

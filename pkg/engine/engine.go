@@ -132,10 +132,13 @@ type Description struct {
 	ZeroedSpace bool
 	// AtomicListing says that a listing shows the state of one moment.
 	AtomicListing bool
-	// SharedAccess says that other hosts may open the same domain at the same time.
+	// SharedAccess says that other hosts may open the same domain at the same time. Block
+	// slabs that are files of a server's client are in such domains only: layers have smaller chunks there.
 	SharedAccess bool
 	// MultiWriterBlock says that a block slab may be written on many nodes at once.
 	MultiWriterBlock bool
+	// MountOptions says that tree slabs take AttachOptions.MountOptions.
+	MountOptions bool
 	// Location is the storage in words, for people: "/srv/quarry (ext4)".
 	Location string
 	// Params are the class parameters that the engine takes in SlabSpec.Params,
@@ -154,6 +157,10 @@ type Description struct {
 // AttachOptions say how a slab is going to be used.
 type AttachOptions struct {
 	ReadOnly bool
+	// MountOptions, of a tree slab, are the class's options of mount(8) that the storage itself has
+	// to take ("actimeo=1"); those of every mount ("noexec") are not among them. An engine that does
+	// not take one refuses it by its name: fault.Invalid.
+	MountOptions []string
 }
 
 // Attachment is a slab that can be used on this host.

@@ -1,6 +1,10 @@
 package engine
 
-import "github.com/quarry-csi/quarry/pkg/fault"
+import (
+	"strings"
+
+	"github.com/quarry-csi/quarry/pkg/fault"
+)
 
 // CheckName verifies a slab ID or a tag name: 1 to MaxName characters of
 // [a-z0-9._-], the first a letter or a digit. what says which of them it is,
@@ -47,4 +51,14 @@ func CheckSpec(s SlabSpec) error {
 		return fault.New(fault.Invalid, "slab %q: size %d: it must be greater than zero", s.ID, s.Size)
 	}
 	return nil
+}
+
+// NoMountOptions refuses mount options, for an engine that takes none. The value of an option may
+// be secret, and is not in the error.
+func NoMountOptions(opts AttachOptions) error {
+	if len(opts.MountOptions) == 0 {
+		return nil
+	}
+	name, _, _ := strings.Cut(opts.MountOptions[0], "=")
+	return fault.New(fault.Invalid, "mount option %q: this storage takes no mount options: leave it out of the class's mountOptions", name)
 }

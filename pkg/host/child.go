@@ -5,8 +5,6 @@ import (
 	"errors"
 	"net"
 	"os"
-	"os/exec"
-	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -36,14 +34,14 @@ type ChildConfig struct {
 // Child is a program that runs beside this process, and not longer, with one connection
 // between the two.
 type Child struct {
-	cmd   *exec.Cmd
+	proc  *os.Process
 	said  func(line string)
 	line  []byte // begun on standard error
 	ended chan struct{}
 
 	mu   sync.Mutex
 	last string // line of standard error
-	err  error  // how it ended
+	how  string // it ended
 }
 
 // StartChild starts one, and returns this process's end of the connection. The child ends when
@@ -59,45 +57,43 @@ func StartChild(c ChildConfig) (*Child, net.Conn, error) {
 	if err = errors.Join(err, ours.Close()); err != nil {
 		return nil, nil, fault.New(fault.Unavailable, "a connection to %s: %w", c.Name, err)
 	}
-	cmd := exec.Command(c.Name, c.Args...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.ExtraFiles = []*os.File{theirs} // the first is ChildFD
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
+	sys := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
 	if c.UID != 0 {
-		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID}
+		sys.Credential = &syscall.Credential{Uid: c.UID, Gid: c.GID}
 		has, err := permitted()
 		if err != nil {
 			return nil, nil, errors.Join(fault.Wrap(fault.Internal, err), conn.Close())
 		}
 		for _, n := range c.Capabilities {
 			if has&(1<<n) != 0 {
-				cmd.SysProcAttr.AmbientCaps = append(cmd.SysProcAttr.AmbientCaps, uintptr(n))
+				sys.AmbientCaps = append(sys.AmbientCaps, uintptr(n))
 			}
 		}
 	}
-	child := &Child{cmd: cmd, said: c.Said, ended: make(chan struct{})}
-	cmd.Stderr = child
-	cmd.WaitDelay = time.Second // for what a grandchild holds open
-	started := make(chan error, 1)
+	child := &Child{said: c.Said, ended: make(chan struct{})}
+	stderr, err := newOutput(child)
+	if err != nil {
+		return nil, nil, errors.Join(fault.New(fault.Unavailable, "start %s: %w", c.Name, err), conn.Close())
+	}
+	child.proc, err = startProgram(c.Name, c.Args, []*os.File{nil, nil, stderr.theirs, theirs}, sys) // the last is ChildFD
+	_ = stderr.theirs.Close()
+	if err != nil {
+		return nil, nil, errors.Join(fault.New(fault.Unavailable, "start %s: %w", c.Name, err), conn.Close())
+	}
 	go func() {
-		// The signal of Pdeathsig comes when the thread that started the child ends.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err := cmd.Start()
-		started <- err
-		if err != nil {
-			return
-		}
 		defer close(child.ended)
-		err = cmd.Wait()
+		state, err := child.proc.Wait()
+		err = errors.Join(err, stderr.rest())
 		_, _ = child.Write([]byte("\n")) // it never fails; what was begun is the last line
 		child.mu.Lock()
 		defer child.mu.Unlock()
-		child.err = err
+		switch {
+		case err != nil && state == nil:
+			child.how = err.Error()
+		default:
+			child.how = state.String() // what it left behind may hold its output open
+		}
 	}()
-	if err := <-started; err != nil {
-		return nil, nil, errors.Join(fault.New(fault.Unavailable, "start %s: %w", c.Name, err), conn.Close())
-	}
 	return child, conn, nil
 }
 
@@ -127,7 +123,7 @@ func (c *Child) Write(b []byte) (int, error) {
 }
 
 // PID of it.
-func (c *Child) PID() int { return c.cmd.Process.Pid }
+func (c *Child) PID() int { return c.proc.Pid }
 
 // Ended says how it has ended: "exit status 1: the last line that it said"; "": it has not.
 func (c *Child) Ended() string {
@@ -138,14 +134,10 @@ func (c *Child) Ended() string {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	how := "exit status 0"
-	if c.err != nil {
-		how = c.err.Error()
-	}
 	if c.last != "" {
-		how += ": " + c.last
+		return c.how + ": " + c.last
 	}
-	return how
+	return c.how
 }
 
 // Wait waits until it has ended, but not longer than patience. false: it has not.
@@ -166,7 +158,7 @@ func (c *Child) Kill(patience time.Duration) bool {
 	if c.Wait(patience) {
 		return true
 	}
-	_ = syscall.Kill(-c.cmd.Process.Pid, syscall.SIGKILL) // ESRCH: it has ended just now
+	_ = syscall.Kill(-c.proc.Pid, syscall.SIGKILL) // ESRCH: it has ended just now
 	return c.Wait(killPatience)
 }
 

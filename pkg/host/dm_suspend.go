@@ -136,6 +136,16 @@ func (s *Suspension) Holds() bool {
 	}
 }
 
+// Renew lets the suspension last for its limit from now on. fault.Conflict: it has ended before.
+func (s *Suspension) Renew() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.over || s.dog == nil || !s.Holds() || !s.dog.keep() {
+		return fault.New(fault.Conflict, "the suspension of %s has ended before", s.names())
+	}
+	return nil
+}
+
 // Resume puts the loaded tables in force and lets I/O go on, everywhere.
 //
 // fault.Conflict: the suspension had ended before, by its limit or by somebody

@@ -216,6 +216,34 @@ func TestAWatchdogActsAtItsLimitAndWhenItsParentIsGone(t *testing.T) {
 	}
 }
 
+func TestAWatchdogThatIsKeptOutlivesItsLimit(t *testing.T) {
+	needLockedMemory(t)
+	for limit := time.Second; ; limit *= 2 { // this machine may be slower than the first
+		d := dog(t, limit)
+		begun := time.Now()
+		last, kept := begun, true
+		for kept && time.Since(begun) < 2*limit {
+			if kept = d.keep(); !kept {
+				if time.Since(last) < limit {
+					t.Fatal("it did not stay")
+				}
+				break
+			}
+			last = time.Now()
+			time.Sleep(limit / 20)
+		}
+		if kept {
+			if st := d.status(t); st != dogResumed { // nobody keeps it any more
+				t.Errorf("status %d", st)
+			}
+			if d.keep() {
+				t.Error("one that is gone was kept")
+			}
+			return
+		}
+	}
+}
+
 // The child is a copy of a program with many threads, in whatever state they are.
 func TestWatchdogsOfABusyProgram(t *testing.T) {
 	needLockedMemory(t)

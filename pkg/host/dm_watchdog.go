@@ -1,6 +1,7 @@
 package host
 
 import (
+	"errors"
 	"math"
 	"os"
 	"reflect"
@@ -35,6 +36,7 @@ const (
 	dogReady   = 'r' // child: everything is in place
 	dogAsk     = 'a' // parent: have you left the devices alone?
 	dogYes     = 'y'
+	dogKeep    = 'k' // parent: your time begins anew
 	dogDismiss = 'd' // parent: go home
 )
 
@@ -91,18 +93,24 @@ func startWatchdog(control int, uuids []string, limit time.Duration) (*resumer, 
 	}
 	d := &resumer{socket: os.NewFile(uintptr(pair[0]), "watchdog")}
 	*o = dogOrders{
-		socket: uintptr(pair[1]), control: uintptr(control),
 		nanoseconds: min(limit, math.MaxInt32*time.Millisecond).Nanoseconds(),
 		count:       uintptr(len(uuids)), requests: unsafe.Pointer(unsafe.SliceData(requests)), work: unsafe.Pointer(&work[0]),
 		name: unsafe.Pointer(&name[0]),
 		area: uintptr(unsafe.Pointer(o)), areaSize: uintptr(len(area)),
 		text: text, textSize: textSize,
 	}
-	pid, errno := forkWatchdog(o)
+	var pid uintptr
+	var errno syscall.Errno
+	err = theStarter.apart([]int{pair[1], control}, func(fds []int) {
+		o.socket, o.control = uintptr(fds[0]), uintptr(fds[1])
+		pid, errno = forkWatchdog(o)
+	})
 	_ = unix.Close(pair[1]) // that end is the child's alone, so that its death is seen
-	if errno != 0 {
-		_ = d.socket.Close()
-		return nil, fault.New(fault.Unavailable, "watchdog: %w", errno)
+	if err == nil && errno != 0 {
+		err = fault.New(fault.Unavailable, "watchdog: %w", errno)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.socket.Close())
 	}
 	d.pid = int(pid)
 	if !d.heard(dogReady) {
@@ -141,8 +149,13 @@ func (d *resumer) heard(word byte) bool {
 }
 
 // ask returns true if the child has resumed nothing, and will only if its time is up.
-func (d *resumer) ask() bool {
-	_, err := d.socket.Write([]byte{dogAsk})
+func (d *resumer) ask() bool { return d.tell(dogAsk) }
+
+// keep is ask, and the child's time begins anew.
+func (d *resumer) keep() bool { return d.tell(dogKeep) }
+
+func (d *resumer) tell(word byte) bool {
+	_, err := d.socket.Write([]byte{word})
 	return err == nil && d.heard(dogYes)
 }
 
@@ -244,17 +257,22 @@ func watch(o *dogOrders) {
 		goto out
 	}
 	// The first turn touches all that a resume needs: its requests only ask.
-	_, _, _ = syscall.RawSyscall6(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&end)), 0, 0, 0, 0)
-	end[0] += o.nanoseconds / 1e9
-	if end[1] += o.nanoseconds % 1e9; end[1] >= 1e9 {
-		end[0]++
-		end[1] -= 1e9
-	}
-	if resumeAll(o, unix.DM_DEV_STATUS) != 0 {
-		goto out
-	}
 	word = dogReady
 	for {
+		if word == dogReady || word == dogKeep { // its time begins
+			_, _, _ = syscall.RawSyscall6(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&end)), 0, 0, 0, 0)
+			end[0] += o.nanoseconds / 1e9
+			if end[1] += o.nanoseconds % 1e9; end[1] >= 1e9 {
+				end[0]++
+				end[1] -= 1e9
+			}
+		}
+		if word == dogReady && resumeAll(o, unix.DM_DEV_STATUS) != 0 {
+			goto out
+		}
+		if word == dogKeep {
+			word = dogYes
+		}
 		if word == dogReady || word == dogYes {
 			_, _, _ = syscall.RawSyscall6(syscall.SYS_WRITE, o.socket, uintptr(unsafe.Pointer(&word)), 1, 0, 0, 0)
 		}
@@ -280,7 +298,9 @@ func watch(o *dogOrders) {
 			status = dogDismissed
 			goto out
 		}
-		word = dogYes
+		if word != dogKeep {
+			word = dogYes
+		}
 	}
 	for range rounds {
 		if resumeAll(o, unix.DM_DEV_SUSPEND) == 0 { // without its flag that request resumes

@@ -118,20 +118,19 @@ func mountRoot(f *os.File) error {
 
 func (f *Freeze) watch(limit time.Duration) error {
 	seconds := strconv.FormatFloat(limit.Seconds(), 'f', 3, 64)
-	cmd := exec.Command("sh", "-c", thawWatchdog, "sh", seconds, "/proc/self/fd/3")
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.ExtraFiles = []*os.File{f.dir}
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true} // signals to the agent's group are not for it
-	pipe, err := cmd.StdinPipe()
+	theirs, ours, err := os.Pipe()
 	if err != nil {
-		return fault.New(fault.Internal, "watchdog: %w", err)
+		return fault.New(fault.Exhausted, "watchdog: %w", err)
 	}
-	if err := cmd.Start(); err != nil {
-		return fault.New(fault.Unavailable, "watchdog: %w", err)
+	defer theirs.Close()
+	dog, err := startProgram("sh", []string{"-c", thawWatchdog, "sh", seconds, "/proc/self/fd/3"}, []*os.File{theirs, nil, nil, f.dir},
+		&syscall.SysProcAttr{Setsid: true}) // signals to the agent's group are not for it
+	if err != nil {
+		return errors.Join(fault.New(fault.Unavailable, "watchdog: %w", err), ours.Close())
 	}
-	f.pipe, f.dog = pipe, cmd.Process.Pid
+	f.pipe, f.dog = ours, dog.Pid
 	go func() {
-		_ = cmd.Wait()
+		_, _ = dog.Wait()
 		close(f.died)
 		f.mu.Lock()
 		over := f.over

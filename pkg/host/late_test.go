@@ -75,6 +75,54 @@ func TestAttachingThatWasLeftBehindLeavesNoDevice(t *testing.T) {
 	}
 }
 
+// A device is known by its mark although the storage below it does not answer, also to a process that has just been started:
+// neither its own volume nor another one has to wait for a dead server.
+func TestALoopDeviceThatDoesNotAnswerIsKnown(t *testing.T) {
+	fs, l := hangfs.New(t, 1<<20), NewLocal(Exec{})
+	spec := LoopSpec{File: fs.File, Size: 1 << 20, Mark: "quarry-test-known to all"}
+	made, err := l.AttachLoop(t.Context(), spec)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Getattr })
+	started := NewLocal(Exec{})
+	found, err := started.Loops(t.Context(), func(lp Loop) bool { return lp.Mark == spec.Mark })
+	if err != nil || len(found) != 1 || found[0] != made || started.Abandoned() != 0 {
+		t.Errorf("found %+v (%v), want %+v", found, err, made)
+	}
+	fs.Release()
+	if err := started.DetachLoop(t.Context(), made); err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := made.recall(); ok {
+		t.Error("the memo of a device that is gone is still there")
+	}
+}
+
+func TestAMemoOfAnotherBootIsNotBelieved(t *testing.T) {
+	_, file, mark := slab(t, 1<<20)
+	lp, err := NewLocal(Exec{}).AttachLoop(t.Context(), LoopSpec{File: file, Size: 1 << 20, Mark: mark})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, ok := lp.memo()
+	if !ok {
+		t.Skip("this kernel gives disks no sequence")
+	}
+	if got, ok := lp.recall(); !ok || got != lp {
+		t.Errorf("recalled %+v (%v), want %+v", got, ok, lp)
+	}
+	for _, wrong := range []string{"0" + text, "", "rubbish", strings.Replace(text, " ", "  ", 1)} {
+		link := filepath.Join(memos, lp.sequence)
+		if err := errors.Join(os.Remove(link), os.Symlink(wrong+" ", link)); err != nil {
+			t.Fatal(err)
+		}
+		if got, ok := lp.recall(); ok {
+			t.Errorf("%q was recalled as %+v", wrong, got)
+		}
+	}
+}
+
 // Whoever looks for all devices of an image must not take some for all.
 func TestALoopDeviceThatDoesNotAnswerIsNotPassedOver(t *testing.T) {
 	fs := hangfs.New(t, 1<<20) // first, so that it outlives the devices
@@ -92,6 +140,7 @@ func TestALoopDeviceThatDoesNotAnswerIsNotPassedOver(t *testing.T) {
 	if found, err := l.Loops(t.Context(), mine); err != nil || len(found) != 2 {
 		t.Fatalf("%+v %v", found, err)
 	}
+	dead.forget()               // an earlier version has made it
 	started := NewLocal(Exec{}) // it has never asked
 	fs.Hang(func(op hangfs.Op) bool { return op == hangfs.Getattr })
 	abandon(t, fs, func(ctx context.Context) error { _, err := started.loop(ctx, dead.Number, dead.Backing); return err })

@@ -86,6 +86,7 @@ func (l *Local) Usage(ctx context.Context, path string) (Usage, error) {
 type FileInfo struct {
 	Mode       fs.FileMode
 	Size       int64 // of a block device too
+	Allocated  int64 // bytes that a file takes of its storage
 	Dev, Inode uint64
 	RDev       uint64 // the number of a device node
 	GID        uint32
@@ -106,7 +107,7 @@ func stat(path string) (FileInfo, error) {
 	if err := unix.Lstat(path, &st); err != nil {
 		return FileInfo{}, ioError("stat", path, err)
 	}
-	return FileInfo{Mode: fi.Mode(), Size: fi.Size(), Dev: st.Dev, Inode: st.Ino, RDev: st.Rdev, GID: st.Gid}, nil
+	return FileInfo{Mode: fi.Mode(), Size: fi.Size(), Allocated: st.Blocks * 512, Dev: st.Dev, Inode: st.Ino, RDev: st.Rdev, GID: st.Gid}, nil
 }
 
 // Sync writes out the filesystem that path is on. The error tells that

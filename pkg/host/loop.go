@@ -92,9 +92,15 @@ func (l *Local) loop(ctx context.Context, n int, backing string) (Loop, error) {
 	l.mu.Unlock()
 	if !ok || known.sequence != lp.sequence || lp.sequence == "" {
 		var err error
-		known, err = guarded(ctx, &l.guard, "ask "+lp.Path+" #"+lp.sequence, quick, func() (Loop, error) { return ask(lp) })
-		if err != nil {
-			return lp, err
+		if known, ok = lp.recall(); ok && !exists(lp.Path) {
+			if _, err = loopNode(n); err != nil {
+				return lp, err
+			}
+		} else if !ok {
+			known, err = guarded(ctx, &l.guard, "ask "+lp.Path+" #"+lp.sequence, quick, func() (Loop, error) { return ask(lp) })
+			if err != nil {
+				return lp, err
+			}
 		}
 		l.mu.Lock()
 		l.marks[n] = known
@@ -112,8 +118,10 @@ func (l *Local) loop(ctx context.Context, n int, backing string) (Loop, error) {
 }
 
 // loopOf finds the loop device over an open file by device and inode: names
-// change, and may be those of another mount namespace.
-func (l *Local) loopOf(ctx context.Context, f *os.File) (*Loop, error) {
+// change, and may be those of another mount namespace. Where a file system has no
+// device (a FUSE process of each mount's own), it is by another mount that a file has
+// another device number: then inode and mark say that it is the same.
+func (l *Local) loopOf(ctx context.Context, f *os.File, mark string) (*Loop, error) {
 	var st unix.Stat_t
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		return nil, ioError("stat", f.Name(), err)
@@ -123,8 +131,14 @@ func (l *Local) loopOf(ctx context.Context, f *os.File) (*Loop, error) {
 	if err != nil {
 		return nil, err
 	}
+	sweepMemos(append(loops, unknown...))
 	for _, lp := range loops {
 		if isDevice && lp.RDev == st.Rdev || !isDevice && lp.RDev == 0 && lp.Dev == st.Dev && lp.Inode == st.Ino {
+			return &lp, nil
+		}
+	}
+	for _, lp := range loops {
+		if !isDevice && lp.RDev == 0 && lp.Inode == st.Ino && lp.Mark == mark && unix.Major(lp.Dev) == 0 && unix.Major(st.Dev) == 0 {
 			return &lp, nil
 		}
 	}
@@ -173,6 +187,9 @@ func (l *Local) openSame(lp Loop, flags int) (*os.File, error) {
 	info, err := unix.IoctlLoopGetStatus64(int(d.Fd()))
 	if err == nil && (info.Device != lp.Dev || info.Inode != lp.Inode || mark(info) != lp.Mark) {
 		err = unix.ENXIO
+	}
+	if errors.Is(err, unix.ENOTCONN) && lp.sequence != "" && sequence(lp.Number) == lp.sequence {
+		return d, nil // its file cannot be asked any more, but it had no other since
 	}
 	if errors.Is(err, unix.ENXIO) {
 		_ = d.Close()

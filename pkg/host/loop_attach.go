@@ -107,7 +107,7 @@ func (l *Local) attachLoop(ctx context.Context, spec LoopSpec) (lp Loop, h loopH
 	}
 	found := spec.Known
 	if found == nil || !found.stillOver(f) {
-		if found, err = l.loopOf(ctx, f); err != nil {
+		if found, err = l.loopOf(ctx, f, spec.Mark); err != nil {
 			return Loop{}, h, err
 		}
 	}
@@ -189,6 +189,13 @@ func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec, h *loopHo
 	if errors.Is(err, unix.ENXIO) {
 		return lp, false, nil // it went meanwhile
 	}
+	if errors.Is(err, unix.ENOTCONN) {
+		// The process behind its mount of the file has ended, and that of ours has not.
+		if err := l.detachLoop(ctx, lp); err != nil {
+			return lp, false, fault.New(fault.KindOf(err), "%s over %s gets no answer any more, for the process that served its storage has ended, and it cannot be replaced while it is in use: %w", lp.Path, lp.Backing, err)
+		}
+		return lp, false, nil
+	}
 	if err != nil {
 		return lp, false, ioError("ask", lp.Path, err)
 	}
@@ -200,6 +207,7 @@ func (l *Local) reuseLoop(ctx context.Context, lp Loop, spec LoopSpec, h *loopHo
 		}
 		h.kept = true
 	}
+	lp.remember() // an earlier version made it
 	if lp.Size < spec.Size {
 		lp, err = growLoop(d, lp, spec.Size)
 	}
@@ -245,7 +253,11 @@ func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec, h *loopH
 			continue
 		}
 		h.device, h.made = d, true
-		return l.loop(ctx, n, sysfs(n, "loop/backing_file"))
+		lp, err := l.loop(ctx, n, sysfs(n, "loop/backing_file"))
+		if err == nil {
+			lp.remember()
+		}
+		return lp, err
 	}
 }
 
@@ -344,7 +356,7 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 		return err
 	}
 	defer d.Close()
-	if err := d.Sync(); err != nil {
+	if err := d.Sync(); err != nil && !orphaned(d) { // else it is lost, and whoever wrote it was told
 		return ioError("sync", lp.Path, err)
 	}
 	if ctx.Err() != nil { // nobody waits any more: by now somebody may use it again
@@ -355,6 +367,11 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 		return ioError("detach", lp.Path, err)
 	}
 	_ = d.Close() // the kernel takes it down with the last close
+	defer func() {
+		if sequence(lp.Number) != lp.sequence || !exists(sysLoop(lp.Number)+"/loop/backing_file") {
+			lp.forget()
+		}
+	}()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
 	patience := time.NewTimer(quick)
@@ -369,4 +386,10 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 		}
 	}
 	return nil
+}
+
+// orphaned says whether the process that served a device's file (FUSE) has ended, or has no server.
+func orphaned(device *os.File) bool {
+	_, err := unix.IoctlLoopGetStatus64(int(device.Fd()))
+	return errors.Is(err, unix.ENOTCONN)
 }

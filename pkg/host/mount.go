@@ -247,6 +247,18 @@ func (l *Local) Unmount(ctx context.Context, target string) error {
 	})
 }
 
+// UnmountLazily takes the topmost mount at exactly target out of sight at once; what uses it keeps
+// it until it has ended. Nothing is waited for, and nothing written out. What is not mounted is success.
+func (l *Local) UnmountLazily(ctx context.Context, target string) error {
+	return l.guard.Do(ctx, "unmount "+target, quick, func() error {
+		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW|unix.MNT_DETACH)
+		if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		return ioError("unmount", target, err)
+	})
+}
+
 // UnmountAll takes every mount at exactly target down. None is success.
 func (l *Local) UnmountAll(ctx context.Context, target string) error {
 	for {

@@ -12,7 +12,7 @@ import (
 type Mount struct {
 	ID, Parent   int
 	Major, Minor uint32 // of the filesystem; btrfs invents one
-	Root         string // what of the filesystem is seen: "/" is all of it
+	Root         string // what of the filesystem is seen: "/" is all of it; of NFS a path at the server
 	Point        string
 	Options      []string // of this mount
 	Type         string
@@ -101,9 +101,24 @@ func parseMountInfo(text string) ([]Mount, error) {
 				return nil, fault.New(fault.Internal, "mountinfo line %q: %w", line, err)
 			}
 		}
+		if m.Type == "nfs" || m.Type == "nfs4" {
+			m.Root = nfsRoot(m)
+		}
 		out = append(out, m)
 	}
 	return out, nil
+}
+
+// nfsRoot is what an NFS mount shows of its server. The kernel says "/" of each, also of one that is bound from
+// somewhere inside; but its source is the whole name of what is shown: "nas:/export/slabs/a/data", "[fe80::1]:/export".
+func nfsRoot(m Mount) string {
+	if at := strings.Index(m.Source, ":/"); at >= 0 && !strings.HasPrefix(m.Source, "[") {
+		return m.Source[at+1:]
+	}
+	if at := strings.Index(m.Source, "]:/"); at >= 0 {
+		return m.Source[at+2:]
+	}
+	return m.Root
 }
 
 func number(s string) (uint32, error) {

@@ -16,6 +16,8 @@ func debianPackage(program string) string {
 		return "util-linux"
 	case cryptsetup:
 		return "cryptsetup-bin"
+	case "glusterfs":
+		return "glusterfs-client"
 	case "timeout", "head":
 		return "coreutils"
 	}

@@ -33,6 +33,31 @@ func TestMountInfo(t *testing.T) {
 	}
 }
 
+// In the form of Linux 6.1: a directory volume's own mount, what is bound of it where it is staged, another volume of the same export,
+// and a part of the first, as a container's subPath is.
+func TestMountsOfOneExportAreToldApart(t *testing.T) {
+	const text = `80 28 0:52 / /run/quarry/mounts/A/t3 rw,relatime shared:1 - nfs4 198.18.199.1:/vda-xfs/k8s/slabs/a rw,vers=4.2,addr=198.18.199.1
+81 60 0:52 / /kubelet/a rw,relatime shared:1 - nfs4 198.18.199.1:/vda-xfs/k8s/slabs/a/data rw,vers=4.2,addr=198.18.199.1
+82 61 0:52 / /kubelet/b rw,relatime shared:1 - nfs4 198.18.199.1:/vda-xfs/k8s/slabs/b/data rw,vers=4.2,addr=198.18.199.1
+83 60 0:52 / /pod/a rw,relatime shared:1 - nfs4 198.18.199.1:/vda-xfs/k8s/slabs/a/data rw,vers=4.2,addr=198.18.199.1
+84 60 0:52 / /pod/part rw,relatime shared:1 - nfs4 198.18.199.1:/vda-xfs/k8s/slabs/a/data/sub\040path rw,vers=4.2,addr=198.18.199.1
+85 60 0:53 / /six rw,relatime shared:1 - nfs [fe80::1]:/export rw,vers=3,addr=fe80::1
+`
+	got, err := parseMountInfo(text)
+	if err != nil || len(got) != 6 {
+		t.Fatalf("%v %v", got, err)
+	}
+	staged := got[1]
+	for i, is := range []struct{ same, part bool }{{}, {same: true}, {}, {same: true}, {part: true}, {}} {
+		if m := got[i]; m.SameTree(staged) != is.same || m.PartOf(staged) != is.part {
+			t.Errorf("%s shows the staged tree: %t, a part of it: %t", m.Point, m.SameTree(staged), m.PartOf(staged))
+		}
+	}
+	if root := got[5].Root; root != "/export" {
+		t.Errorf("an export at an IPv6 address shows %q", root)
+	}
+}
+
 func TestAPartLiesBelowAndNotBeside(t *testing.T) {
 	at := func(root string) Mount { return Mount{Major: 8, Minor: 1, Root: root} }
 	for _, c := range []struct {

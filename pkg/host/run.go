@@ -11,7 +11,6 @@ import (
 	"io"
 	"os"
 	"os/exec"
-	"runtime"
 	"strings"
 	"syscall"
 	"time"
@@ -95,49 +94,98 @@ func (Exec) Run(ctx context.Context, c Command) (Result, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	cmd := exec.CommandContext(ctx, c.Name, c.Args...)
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	cmd.Stdin = c.Stdin
-	// It dies with this process, rather than work beside its successor.
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}
-	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
-	cmd.WaitDelay = time.Second // for pipes that a grandchild holds open
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	ended := make(chan struct{})
-	var err error
-	go func() {
-		defer close(ended)
-		// The signal of Pdeathsig comes when the thread that started the child ends.
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
-		err = cmd.Run()
-	}()
+	if err := ctx.Err(); err != nil {
+		return Result{}, fault.New(fault.KindOf(err), "%s: %w", c, err)
+	}
+	p, err := begin(c)
+	switch {
+	case errors.Is(err, exec.ErrNotFound):
+		return Result{}, missing(c.Name)
+	case err != nil:
+		return Result{}, fault.New(fault.Internal, "%s: %w", c, err)
+	}
 	select {
-	case <-ended:
+	case <-p.ended:
 	case <-ctx.Done():
-		patience := time.NewTimer(2 * cmd.WaitDelay)
+		_ = syscall.Kill(-p.process.Pid, syscall.SIGKILL) // ESRCH: it has ended just now
+		patience := time.NewTimer(killPatience + outputDelay)
 		defer patience.Stop()
 		select {
-		case <-ended:
-		case <-patience.C: // nothing else here may be read now
-			return Result{}, fault.New(fault.KindOf(ctx.Err()), "%w", &HangError{Command: c, Ended: ended, err: ctx.Err()})
+		case <-p.ended:
+		case <-patience.C: // nothing else of it may be read now
+			return Result{}, fault.New(fault.KindOf(ctx.Err()), "%w", &HangError{Command: c, Ended: p.ended, err: ctx.Err()})
 		}
 	}
-	res := Result{Stdout: stdout.Bytes(), Stderr: stderr.Bytes()}
-	if cmd.ProcessState != nil {
-		res.ExitCode = cmd.ProcessState.ExitCode()
+	res := Result{Stdout: p.stdout.Bytes(), Stderr: p.stderr.Bytes()}
+	if p.state != nil {
+		res.ExitCode = p.state.ExitCode()
 	}
-	var exit *exec.ExitError
 	switch {
-	case err == nil:
+	case p.err == nil && p.state.Success():
 		return res, nil
-	case errors.Is(err, exec.ErrNotFound):
-		return res, missing(c.Name)
 	case ctx.Err() != nil:
 		return res, fault.New(fault.KindOf(ctx.Err()), "%s: %w", c, ctx.Err())
-	case errors.As(err, &exit):
+	case p.state != nil && !p.state.Success():
 		return res, &ExitError{Command: c, Result: res}
 	}
-	return res, fault.New(fault.Internal, "%s: %w", c, err)
+	return res, fault.New(fault.Internal, "%s: %w", c, p.err)
+}
+
+// running is a program on its way. What is below ended is for whoever saw that closed.
+type running struct {
+	process *os.Process
+	ended   chan struct{}
+
+	stdout, stderr bytes.Buffer
+	state          *os.ProcessState
+	err            error
+}
+
+// begin starts a program.
+func begin(c Command) (*running, error) {
+	p := &running{ended: make(chan struct{})}
+	stdout, err := newOutput(&p.stdout)
+	if err != nil {
+		return nil, err
+	}
+	defer stdout.theirs.Close()
+	stderr, err := newOutput(&p.stderr)
+	if err != nil {
+		return nil, err
+	}
+	defer stderr.theirs.Close()
+	var input, ours *os.File
+	if c.Stdin != nil {
+		if input, ours, err = os.Pipe(); err != nil {
+			return nil, err
+		}
+		defer input.Close()
+	}
+	// It dies with this process, rather than work beside its successor.
+	if p.process, err = startProgram(c.Name, c.Args, []*os.File{input, stdout.theirs, stderr.theirs}, &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}); err != nil {
+		if ours != nil {
+			err = errors.Join(err, ours.Close())
+		}
+		return nil, err
+	}
+	given := make(chan error, 1)
+	go func() {
+		var err error
+		if ours != nil {
+			if _, err = io.Copy(ours, c.Stdin); errors.Is(err, syscall.EPIPE) || errors.Is(err, os.ErrClosed) {
+				err = nil // it ended without reading it all
+			}
+			_ = ours.Close()
+		}
+		given <- err
+	}()
+	go func() {
+		defer close(p.ended)
+		p.state, p.err = p.process.Wait()
+		if ours != nil {
+			_ = ours.Close() // nobody reads it any more
+		}
+		p.err = errors.Join(p.err, stdout.rest(), stderr.rest(), <-given)
+	}()
+	return p, nil
 }

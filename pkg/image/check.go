@@ -142,6 +142,8 @@ func (d *domain) checkImage(img *image, s engine.Slab, have bool, add func(kind 
 		add(FindingMend, img.id, 0, "take it into use again", "it was broken (%v), and its slab is now as recorded", img.broken)
 	case img.broken != nil:
 		add(FindingReport, img.id, 0, "", "%s %q is broken: %v; restore what is missing, or delete it", kindWord(img.rec.Mutable), img.rec.Name, img.broken)
+	case img.scarce != "":
+		add(FindingReport, img.id, 0, "", "%s %q: %s", kindWord(img.rec.Mutable), img.rec.Name, img.scarce)
 	case d.toFlatten(img) != nil:
 		add(FindingOptimize, img.id, 0, "flatten image "+d.toFlatten(img).id, "%s", d.whyDegraded(img))
 	case have && d.mergeable(img) == nil:

@@ -82,6 +82,7 @@ func (d *domain) collect(ctx context.Context) error {
 	if now := d.m.cfg.Now(); now.Sub(d.lastScan()) >= retention {
 		errs = append(errs, d.collectStrays(ctx, now))
 	}
+	errs = append(errs, d.watchReserve(ctx))
 	d.tellStates()
 	return errors.Join(errs...)
 }

@@ -22,7 +22,7 @@ func (m *Manager) CreateVolume(ctx context.Context, r CreateRequest) (Image, err
 	if err := checkName("volume", r.Name); err != nil {
 		return Image{}, err
 	}
-	asked := fingerprint(r.Domains, r.Layout, r.Accesses, r.Size, r.Limit, r.Source, r.Params, r.Encrypted)
+	asked := fingerprint(r.Domains, r.Layout, r.Accesses, r.Size, r.Limit, r.Source, r.Params, r.Encrypted, r.ThinLayers)
 	return do(ctx, m, spaceVolume+"/"+r.Name, "create volume", r.Name, asked, func(ctx context.Context, op *operation) (Image, error) {
 		return m.createVolume(ctx, op, r)
 	})
@@ -129,6 +129,8 @@ func (c *creation) compare(d *domain, rec record) error {
 		return differs("size", sizeRange(rec.payload(), 0), sizeRange(r.Size, r.Limit))
 	case (rec.Crypt > 0) != r.Encrypted:
 		return differs("encryption", encryption(rec.Crypt > 0), encryption(r.Encrypted))
+	case rec.Thin != r.ThinLayers:
+		return differs("thinLayers", rec.Thin, r.ThinLayers)
 	case !c.m.same(rec.Source, r.Source):
 		return differs("source", orNone(rec.Source), orNone(r.Source))
 	case !maps.Equal(rec.Params, r.Params):
@@ -171,6 +173,9 @@ func (c *creation) plan(ctx context.Context) (err error) {
 	if err := c.checkEncryption(ctx); err != nil {
 		return err
 	}
+	if c.r.ThinLayers && c.layout != LayoutImage {
+		return fault.New(fault.Invalid, "parameter thinLayers=\"true\" and layout %q: only a volume of layout %q has layers", c.layout, LayoutImage)
+	}
 	c.fs = filesystemOf(c.r.Accesses, c.layout)
 	if c.fs != "" && c.srcRec.FS != "" && c.fs != c.srcRec.FS {
 		return fault.New(fault.Invalid, "the source carries %s and the volume asked for %s: they must be the same", c.srcRec.FS, c.fs)
@@ -208,7 +213,7 @@ func (c *creation) run(ctx context.Context) (Image, error) {
 		return Image{}, err
 	}
 	defer release()
-	rec := record{Name: c.r.Name, Kind: string(c.layout.Kind()), Mutable: true, Op: opCreate, Size: c.size, Crypt: c.r.header(),
+	rec := record{Name: c.r.Name, Kind: string(c.layout.Kind()), Mutable: true, Op: opCreate, Size: c.size, Crypt: c.r.header(), Thin: c.r.ThinLayers,
 		Source: c.r.Source, SrcVol: c.r.Source != "" && c.r.SourceMutable, Created: c.m.cfg.Now().UnixMilli(), Params: c.r.Params}
 	if c.r.Tuning != (Tuning{}) {
 		rec.Tuning = &c.r.Tuning

@@ -48,6 +48,7 @@ type domain struct {
 	foreign  int64                // bytes used by what is not Quarry's, as last measured
 	warning  string               // of the storage, as last measured: engine.Usage.Warning
 	watched  time.Time            // when that was
+	scarce   bool                 // its storage is nearly full, as far as layers care
 	known    map[string]struct{}  // i. tags of lower epochs that the opening listing held
 	strays   map[string]time.Time // slabs and tags that nothing references, and since when
 	scanned  time.Time            // when strays were last looked for
@@ -91,6 +92,9 @@ type image struct {
 	full           string    // the slab, a layer, that has all its space
 	trimmed        string    // the slab, a snapshot's layer, that has no more than it needs
 	short          error     // why it has not
+	scarce         string    // why what is written to its layer waits; see watchReserve
+	toldScarce     bool      // its user knows
+	whole          whole     // as it was last seen; see watchReserve
 	toldState      State     // as its user was last told; see tellStates
 	lastOld        time.Time // when its last superseded revision was deleted
 	found          time.Time // when its leftovers were found at opening; zero: made by this process

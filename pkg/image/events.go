@@ -32,6 +32,8 @@ const (
 	EventOptimized = "QuarryOptimized" // not so any more
 	EventBroken    = "QuarryBroken"
 	EventAttached  = "QuarryStillAttached" // a node is refused, or keeps what it was to give back
+	EventPaused    = "QuarryWritesPaused"  // reads and writes wait: the storage is nearly full
+	EventResumed   = "QuarryWritesGoOn"
 )
 
 const (
@@ -109,6 +111,14 @@ func (d *domain) tellStates() {
 			continue
 		}
 		state, reason := d.stateOf(img)
+		if scarce := img.scarce != ""; scarce != img.toldScarce && state != Broken {
+			e := Event{Subject: d.subject(img), Warning: scarce, Reason: EventPaused, Message: img.scarce}
+			if !scarce {
+				e.Reason, e.Message = EventResumed, "its storage has space for its layer again"
+			}
+			events = append(events, e)
+			img.toldScarce, img.toldState = scarce, state // that is what has changed
+		}
 		if state == img.toldState || img.toldState == "" && state == Optimized {
 			img.toldState = state
 			continue

@@ -71,7 +71,7 @@ func (m *Manager) expand(ctx context.Context, op *operation, img *image, size, l
 	if rec.Chunk == 0 {
 		err = d.zero(ctx, op, slab, rec.layout().Kind(), rec.Size, size)
 	} else { // what a layer does not hold reads as zero behind its parent's end
-		err = d.allocate(ctx, slab, min(grown.need(), rec.need()+allocateAtOnce))
+		err = d.allocate(ctx, slab, rec.taken(min(grown.need(), rec.need()+allocateAtOnce)))
 		d.mu.Lock()
 		img.full = ""
 		d.mu.Unlock()
@@ -104,7 +104,7 @@ func (d *domain) allocateLayers(ctx context.Context) {
 	d.mu.Lock()
 	var due []*image
 	for _, img := range d.images {
-		if img.rec.Strong && img.rec.Mutable && img.rec.Chunk > 0 && img.broken == nil && img.full != img.slab && img.rec.need() > allocateAtOnce {
+		if img.rec.Strong && img.rec.Mutable && !img.rec.Thin && img.rec.Chunk > 0 && img.broken == nil && img.full != img.slab && img.rec.need() > allocateAtOnce {
 			due = append(due, img)
 		}
 	}

@@ -337,6 +337,9 @@ func (d *domain) whyDegraded(img *image) string {
 	if err != nil {
 		return err.Error()
 	}
+	if img.scarce != "" {
+		return img.scarce
+	}
 	if img.short != nil {
 		return fmt.Sprintf("its layer has not all the space that it may come to need: %v", img.short)
 	}

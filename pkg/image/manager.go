@@ -92,7 +92,8 @@ type Worker interface {
 	FormatLayer(ctx context.Context, p Place, size, chunk int64) error
 	// Allocate takes the space of the first size bytes of a slab, where the storage
 	// can, so that no write to it finds the storage full. It changes nothing that
-	// can be read, and the slab may be in use. fault.Exhausted: there is not so much.
+	// can be read, and the slab may be in use. fault.Exhausted: there is not so much; or
+	// the slab has not all its space, and the storage not its layer.Reserve.
 	Allocate(ctx context.Context, p Place, size int64) error
 	// TrimLayer gives back the space of a layer of size bytes that nobody
 	// writes to, behind what it holds. It may be read meanwhile. fault.InUse: somebody

@@ -403,7 +403,7 @@ func (d *domain) beginMerge(ctx context.Context, op *operation, img, below *imag
 }
 
 // raise brings the slab below to the size of the layer's image, and takes all
-// its space, so that no write of the merge finds the storage full.
+// its space, so that no write of the merge finds the storage full; or there has to be a reserve.
 func (d *domain) raise(ctx context.Context, op *operation, img, below *image) error {
 	rec, _ := img.snapshot()
 	old, slab := below.snapshot()
@@ -427,7 +427,7 @@ func (d *domain) raise(ctx context.Context, op *operation, img, below *image) er
 			}
 		}
 	}
-	if err := d.allocate(ctx, slab, grown.need()); err != nil {
+	if err := d.allocate(ctx, slab, rec.taken(grown.need())); err != nil {
 		return err
 	}
 	if grown.Size == old.Size && old.Alloc == 0 {

@@ -37,12 +37,13 @@ const (
 )
 
 // The formats of records. An image whose slab is a layer is written in the
-// second, which a Quarry without layers refuses, an encrypted one in the third, all
-// others in the first.
+// second, which a Quarry without layers refuses, an encrypted one in the third, one whose
+// layers are thin in the fourth, all others in the first.
 const (
 	recordVersion      = 1
 	recordVersionLayer = 2
 	recordVersionCrypt = 3
+	recordVersionThin  = 4
 )
 
 // A revision is epoch<<32 | counter: within a domain it is never used twice.
@@ -163,6 +164,7 @@ type record struct {
 	Parent   string            `json:"pa,omitempty"` // the image whose slab lies below
 	Chunk    int64             `json:"ck,omitempty"` // of the layer, in bytes; 0: the slab is raw
 	Crypt    int64             `json:"cr,omitempty"` // encrypted: bytes of Size that the header takes
+	Thin     bool              `json:"th,omitempty"` // the space of its layers is not allocated
 	Nonce    string            `json:"no"`
 	Sum      string            `json:"sum,omitempty"` // CRC-32C over tag name, slab and the rest
 }
@@ -223,6 +225,9 @@ func (r record) encode(name, slab string) (engine.Tag, error) {
 	if r.Crypt > 0 {
 		r.Version = recordVersionCrypt
 	}
+	if r.Thin {
+		r.Version = recordVersionThin
+	}
 	body, err := marshal(r)
 	if err != nil {
 		return engine.Tag{}, err
@@ -258,8 +263,8 @@ func decode(t engine.Tag) (record, error) {
 	if err := json.Unmarshal(t.Record, &r); err != nil {
 		return r, fault.New(fault.Corrupt, "tag %s: %w", t.Name, err)
 	}
-	if r.Version > recordVersionCrypt {
-		return r, fault.New(fault.Unsupported, "tag %s has format %d, this version of Quarry knows up to %d: upgrade Quarry", t.Name, r.Version, recordVersionCrypt)
+	if r.Version > recordVersionThin {
+		return r, fault.New(fault.Unsupported, "tag %s has format %d, this version of Quarry knows up to %d: upgrade Quarry", t.Name, r.Version, recordVersionThin)
 	}
 	sum := r.Sum
 	r.Sum = ""

@@ -119,7 +119,7 @@ func (d *domain) checkParams(params map[string]string, layout Layout) error {
 	for _, k := range slices.Sorted(maps.Keys(params)) {
 		help, ok := d.desc.Params[k]
 		if !ok {
-			known := append([]string{"chainLimit", "domain", "domains", "encrypted", "layout", "quiesceLimit", "requireNative", "restorePlacement"},
+			known := append([]string{"chainLimit", "domain", "domains", "encrypted", "layout", "quiesceLimit", "requireNative", "restorePlacement", "thinLayers"},
 				slices.Collect(maps.Keys(d.desc.Params))...)
 			slices.Sort(known)
 			return fault.New(fault.Invalid, "parameter %q is unknown in domain %s (engine %s): known are %s", k, d.id, d.cfg.Engine, strings.Join(known, ", "))

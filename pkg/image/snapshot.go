@@ -141,7 +141,7 @@ func (c *cutting) intend(ctx context.Context, verb, group string) error {
 	}
 	defer release()
 	c.rec = record{Name: c.name, Kind: rec.Kind, Op: verb, Size: rec.Size, Alloc: alloc, Source: d.handle(c.src).String(), SrcVol: true,
-		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group, Crypt: rec.Crypt}
+		Created: c.m.cfg.Now().UnixMilli(), Used: rec.Used, FS: rec.FS, Params: rec.Params, Group: group, Crypt: rec.Crypt, Thin: rec.Thin}
 	own := ""
 	// A group decides for all its members together.
 	if verb != opMember && !d.snapshots(&rec) && !d.now().NativeOnly && c.m.canLayer(ctx, c.src) == nil {

@@ -130,6 +130,8 @@ type Image struct {
 	How string
 	// Encrypted: its slabs hold ciphertext, and a header beside Size.
 	Encrypted bool
+	// ThinLayers: see CreateRequest.
+	ThinLayers bool
 	// Params that were asked for at creation and count for idempotency.
 	Params map[string]string
 	// Mutable parameters in force.
@@ -197,6 +199,9 @@ type CreateRequest struct {
 	RestoreToSource bool
 	// Encrypted: what is written to the slab is ciphertext.
 	Encrypted bool
+	// ThinLayers: the space of its layers is not allocated. Writes to them wait while the
+	// storage is nearly full: see layer.Reserve.
+	ThinLayers bool
 	// Params for the engine.
 	Params    map[string]string
 	Tuning    Tuning

@@ -21,7 +21,7 @@ func (m *Manager) view(img *image) Image {
 
 func (d *domain) viewLocked(img *image) Image {
 	rec := img.rec
-	v := Image{Handle: d.handle(img), Name: rec.Name, Layout: rec.layout(), Mutable: rec.Mutable, Size: rec.payload(), Promised: img.promise, Encrypted: rec.Crypt > 0, Slab: img.slab,
+	v := Image{Handle: d.handle(img), Name: rec.Name, Layout: rec.layout(), Mutable: rec.Mutable, Size: rec.payload(), Promised: img.promise, Encrypted: rec.Crypt > 0, ThinLayers: rec.Thin, Slab: img.slab,
 		Source: rec.Source, SourceMutable: rec.SrcVol, Created: rec.created(), State: Optimized, Ready: true, Fresh: !rec.Used, Filesystem: rec.FS,
 		Inexact: rec.Inexact, How: rec.How, Params: maps.Clone(rec.Params), Described: img.desc, Warning: d.warning}
 	if rec.Tuning != nil {

@@ -52,6 +52,14 @@
 // The kernel copies what there is of a chunk over the end of an image, and leaves
 // the rest of it in the store as it was. Growth would show that. So a chunk divides the
 // size of its image, and sizes are rounded up (Unit).
+//
+// # Shares
+//
+// The kernel reads a store's metadata into pieces of memory as large as a chunk, whose
+// pages after the first are not counted by themselves. The clients of NFS, SMB, FUSE and their
+// like take such pages for pages of their own, count them up and down, and free them at zero: the
+// node's memory is destroyed. So a layer on a share has chunks of ShareChunk, one page,
+// and takes an image of up to ShareLimit, with 64 Mi chunks.
 package layer
 
 import (
@@ -73,6 +81,9 @@ const (
 	// MinChunk is the smallest chunk of a layer in bytes, the page size of most
 	// machines and the largest block of common disks.
 	MinChunk = 4096
+	// ShareChunk is the chunk of a layer on a share, in bytes, and ShareLimit the largest image that can have one.
+	ShareChunk = MinChunk
+	ShareLimit = 256 << 30
 	// usualChunk is the smallest of an image whose size allows it, see above.
 	usualChunk = 32 << 10
 	// maxChunk is the largest that is believed: the kernel holds four in memory.

@@ -12,8 +12,12 @@ import (
 )
 
 // FormatLayer implements Files: it makes path an empty layer, after its
-// space is taken. fault.Exhausted: the storage has not so much.
+// space is taken. fault.Exhausted: the storage has not so much, or not the reserve that it
+// keeps for a layer without all its space.
 func (m *Mover) FormatLayer(ctx context.Context, path string, size, chunk int64) error {
+	if err := layer.Harmless(path, chunk); err != nil { // before anybody relies on it
+		return err
+	}
 	d, err := openTarget(path)
 	if err != nil {
 		return err
@@ -117,7 +121,8 @@ func (m *Mover) RepairLayer(_ context.Context, path string, size int64) (int64, 
 const allocateStep = 1 << 30
 
 // allocate takes the space of a file's first size bytes, where the storage can
-// do that. A device has its space.
+// do that. A device has its space. Where the file has not all its space then, the
+// storage must have its reserve.
 func (s *store) allocate(ctx context.Context, size int64) error {
 	if s.size < size {
 		return fault.New(fault.Corrupt, "%q has %d bytes, %d were recorded: it was truncated", s.path, s.size, size)
@@ -125,19 +130,43 @@ func (s *store) allocate(ctx context.Context, size int64) error {
 	if s.device {
 		return nil
 	}
+	taken, err := s.take(ctx, size)
+	if err != nil || taken && size == s.size {
+		return err
+	}
+	return s.reserved()
+}
+
+// take is allocate without a look at the reserve. taken is false where the storage cannot do that.
+func (s *store) take(ctx context.Context, size int64) (taken bool, err error) {
 	for off := int64(0); off < size; off += allocateStep {
 		if ctx.Err() != nil {
-			return canceled(ctx, "allocating the space of "+s.path)
+			return false, canceled(ctx, "allocating the space of "+s.path)
 		}
 		err := retry(func() error {
 			return unix.Fallocate(s.fd, unix.FALLOC_FL_KEEP_SIZE, off, min(allocateStep, size-off))
 		})
 		if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
-			return nil
+			return false, nil
 		}
 		if err != nil {
-			return sysErr(err, "allocate the space of", s.path)
+			return false, sysErr(err, "allocate the space of", s.path)
 		}
+	}
+	return true, nil
+}
+
+// reserved refuses a file whose storage has less free than its reserve: what is written
+// to it would have to wait at once. A storage that counts nothing has none.
+func (s *store) reserved() error {
+	var st unix.Statfs_t
+	if err := retry(func() error { return unix.Fstatfs(s.fd, &st) }); err != nil {
+		return sysErr(err, "measure the storage of", s.path)
+	}
+	block := int64(st.Bsize) // 32 bits on some architectures
+	free, low := int64(st.Bavail)*block, layer.ReserveOf(int64(st.Blocks)*block).Low
+	if free < low {
+		return fault.New(fault.Exhausted, "the storage has %d bytes free, and keeps %d for layers that have not all their space, because it cannot allocate it or their class has thinLayers: delete something, or give it more space", free, low)
 	}
 	return nil
 }

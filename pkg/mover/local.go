@@ -142,12 +142,14 @@ func (l *Local) Zero(ctx context.Context, p image.Place, from, to int64) error {
 
 // FormatLayer implements image.Worker.
 func (l *Local) FormatLayer(ctx context.Context, p image.Place, size, chunk int64) error {
-	return l.with(ctx, p, false, func(path string) error { return l.Files.FormatLayer(ctx, path, size, chunk) })
+	err := l.with(ctx, p, false, func(path string) error { return l.Files.FormatLayer(ctx, path, size, chunk) })
+	return fault.In(err, "make a layer", p.Domain, p.Slab)
 }
 
 // Allocate implements image.Worker.
 func (l *Local) Allocate(ctx context.Context, p image.Place, size int64) error {
-	return l.with(ctx, p, false, func(path string) error { return l.Files.Allocate(ctx, path, size) })
+	err := l.with(ctx, p, false, func(path string) error { return l.Files.Allocate(ctx, path, size) })
+	return fault.In(err, "take the space of slab", p.Domain, p.Slab)
 }
 
 // TrimLayer implements image.Worker.

@@ -164,7 +164,7 @@ func (e *extents) next(off, end int64) (start, stop int64, err error) {
 	case nil:
 	case unix.ENXIO: // only a hole until the end of the file
 		return end, end, nil
-	case unix.EINVAL, unix.EOPNOTSUPP:
+	case unix.EINVAL, unix.EOPNOTSUPP, unix.EIO: // EIO: Samba 4.17, where there is more than one stretch
 		e.blind = true
 		return off, end, nil
 	default:
@@ -196,7 +196,7 @@ func (e *extents) hidden(size int64) (bool, error) {
 		return hole >= size, nil
 	case unix.ENXIO: // shorter by now: reading says so
 		return false, nil
-	case unix.EINVAL, unix.EOPNOTSUPP:
+	case unix.EINVAL, unix.EOPNOTSUPP, unix.EIO:
 		e.blind = true
 		return true, nil
 	}

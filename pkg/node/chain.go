@@ -66,7 +66,7 @@ func (n *Node) tryFor(h image.Handle) (unlock func(), err error) {
 // attachSlabs attaches the slabs of a chain. A chain of layers is attached for
 // writing: which of its slabs is written changes, and nothing below a head ever is.
 // Until release is called, nobody detaches them; then a device must be over them.
-func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool) (out []block.Slab, release func(), err error) {
+func (n *Node) attachSlabs(ctx context.Context, st image.Staging, opts engine.AttachOptions) (out []block.Slab, release func(), err error) {
 	e, err := n.cfg.Engines(st.Handle.Domain)
 	if err != nil {
 		return nil, nil, err
@@ -79,14 +79,14 @@ func (n *Node) attachSlabs(ctx context.Context, st image.Staging, readOnly bool)
 			}
 		}
 	}
-	readOnly = readOnly && len(st.Slabs) == 1
+	opts.ReadOnly = opts.ReadOnly && len(st.Slabs) == 1
 	for _, s := range st.Slabs {
 		err := n.take(ctx, st.Handle.Domain, s.ID)
 		if err != nil {
 			release()
 			return nil, nil, err
 		}
-		a, r, err := e.Attach(ctx, s.ID, engine.AttachOptions{ReadOnly: readOnly})
+		a, r, err := e.Attach(ctx, s.ID, opts)
 		if err != nil {
 			release()
 			return nil, nil, damaged(err)
@@ -131,7 +131,7 @@ func (n *Node) Merge(ctx context.Context, chain image.Staging) (image.Merging, e
 	if len(chain.Slabs) < 2 {
 		return image.Merging{}, fault.New(fault.Internal, "merge %s: a chain of %d slabs", h, len(chain.Slabs))
 	}
-	slabs, release, err := n.attachSlabs(ctx, chain, false)
+	slabs, release, err := n.attachSlabs(ctx, chain, engine.AttachOptions{})
 	if err != nil {
 		return image.Merging{}, fault.In(err, "merge", h.Domain, h.Image)
 	}
@@ -190,7 +190,7 @@ func (n *Node) AttachImage(ctx context.Context, chain image.Staging) (string, er
 	if err := n.endReads(ctx, chain); err != nil {
 		return "", fault.In(err, "attach", h.Domain, h.Image)
 	}
-	slabs, release, err := n.attachSlabs(ctx, chain, false)
+	slabs, release, err := n.attachSlabs(ctx, chain, engine.AttachOptions{})
 	if err != nil {
 		return "", fault.In(err, "attach", h.Domain, h.Image)
 	}

@@ -15,7 +15,7 @@ import (
 // read-only grows when it is staged for writing next.
 //
 // fault.NotFound: the image is not at path. fault.OutOfRange: the image was not
-// grown to size.
+// grown to size. fault.Exhausted: writes to it wait for space.
 func (n *Node) Expand(ctx context.Context, h image.Handle, path string, size int64) (int64, error) {
 	got, err := n.expand(ctx, h, path, size)
 	return got, fault.In(err, "expand", h.Domain, h.Image)
@@ -47,6 +47,9 @@ func (n *Node) expand(ctx context.Context, h image.Handle, path string, size int
 	}
 	if im.Size < size {
 		return 0, fault.New(fault.OutOfRange, "the image has %d bytes and %d were asked for: expand it with the controller first", im.Size, size)
+	}
+	if err := s.wait(); err != nil {
+		return 0, err
 	}
 	if s.anchor != nil {
 		return im.Size, nil // the engine enforces what size a directory has

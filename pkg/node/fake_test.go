@@ -102,12 +102,15 @@ type files struct {
 type attachments struct {
 	mu      sync.Mutex
 	slabs   map[string]bool
-	stuck   error         // what detaching answers, if not nil
-	reached chan struct{} // if not nil, attaching says so there and waits
+	stuck   error               // what detaching answers, if not nil
+	options map[string][]string // mount options that a slab was attached with
+	reached chan struct{}       // if not nil, attaching says so there and waits
 	goOn    chan struct{}
 }
 
-func newAttachments() *attachments { return &attachments{slabs: map[string]bool{}} }
+func newAttachments() *attachments {
+	return &attachments{slabs: map[string]bool{}, options: map[string][]string{}}
+}
 
 func (a *attachments) of(id string) bool {
 	a.mu.Lock()
@@ -121,7 +124,12 @@ func (a *attachments) fail(err error) {
 	a.stuck = err
 }
 
-func (f files) AttachSlab(_ context.Context, id string, _ engine.AttachOptions) (engine.Attachment, error) {
+func (f files) AttachSlab(_ context.Context, id string, opts engine.AttachOptions) (engine.Attachment, error) {
+	for _, o := range opts.MountOptions {
+		if !strings.HasPrefix(o, "actimeo=") {
+			return engine.Attachment{}, engine.NoMountOptions(engine.AttachOptions{MountOptions: []string{o}})
+		}
+	}
 	p := filepath.Join(f.dir, id)
 	f.mu.Lock()
 	reached, goOn := f.reached, f.goOn
@@ -135,7 +143,7 @@ func (f files) AttachSlab(_ context.Context, id string, _ engine.AttachOptions) 
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.slabs[id] = true
+	f.slabs[id], f.options[id] = true, opts.MountOptions
 	return engine.Attachment{Path: p}, nil
 }
 
@@ -162,7 +170,13 @@ func newWorld(t *testing.T) *world {
 		t.Skip("needs root for loop devices and mounts")
 	}
 	dir := t.TempDir()
-	w := &world{t: t, dir: dir, domain: strings.ToLower(filepath.Base(filepath.Dir(dir))), manager: newManager(), slabs: newAttachments()}
+	return newWorldIn(t, dir, strings.ToLower(filepath.Base(filepath.Dir(dir))))
+}
+
+// newWorldIn is newWorld with its slabs in a folder, and its domain's name.
+func newWorldIn(t *testing.T, dir, domain string) *world {
+	t.Helper()
+	w := &world{t: t, dir: dir, domain: domain, manager: newManager(), slabs: newAttachments()}
 	w.restart()
 	t.Cleanup(w.cleanUp)
 	return w

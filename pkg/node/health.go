@@ -63,6 +63,9 @@ func (n *Node) Health(ctx context.Context, h image.Handle) ([]Condition, error) 
 
 // examine looks at an image that is staged.
 func (n *Node) examine(ctx context.Context, h image.Handle, s state) []Condition {
+	if why := s.paused(); why != "" { // a look would wait as well
+		return []Condition{{Degraded, "WritesPaused", "reads and writes wait: " + why}}
+	}
 	var out []Condition
 	for i := range s.devices {
 		if s.devices[i].Use != block.View {
@@ -91,6 +94,9 @@ func (n *Node) examineDevice(ctx context.Context, d block.Device) []Condition {
 	case errors.Is(err, fault.Unavailable), errors.Is(err, fault.Deadline):
 		return []Condition{{Inaccessible, "StorageNotResponding", err.Error()}}
 	case errors.Is(err, fault.NotFound):
+		if _, err := n.host.Stat(ctx, filepath.Dir(d.Backing)); errors.Is(err, fault.NotFound) {
+			break // it was attached by an earlier process, whose mount of the share nobody sees any more
+		}
 		return []Condition{{DataLoss, "SlabMissing", fmt.Sprintf("%s, which %s uses, cannot be found", d.Backing, d.Path)}}
 	case err != nil:
 		return []Condition{{Inaccessible, "SlabUnreadable", err.Error()}}
@@ -267,6 +273,9 @@ func (n *Node) StorageHealth(ctx context.Context, domains []string) []Condition 
 	}
 	if len(lost) > 0 {
 		out = append(out, Condition{StorageUnreachable, "DomainUnreachable", strings.Join(lost, "; ")})
+	}
+	if scarce := n.guard.scarce(); len(scarce) > 0 {
+		out = append(out, Condition{StorageDegraded, "WritesPaused", strings.Join(scarce, "; ")})
 	}
 	if hang := n.host.Abandoned(); hang > 0 {
 		out = append(out, Condition{StorageDegraded, "CallsHang", fmt.Sprintf("%d system calls hang on storage that does not answer", hang)})

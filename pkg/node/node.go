@@ -65,25 +65,28 @@ type Node struct {
 	reads   int
 	epochs  map[string]int64 // domain: the highest that a manager has told
 	holds   map[string]*hold // switches half-way
+	guard   *guard
 	// holdLimit is how long one is held at most; tests do not wait so long.
 	holdLimit time.Duration
 }
 
 var _ image.Agent = (*Node)(nil)
 
-// New makes a Node. Call Start before serving.
+// New makes a Node. Call Start before serving, and Guard all the while.
 func New(cfg Config) *Node {
 	h := cfg.Host
 	if h == nil {
 		h = host.NewLocal(host.Exec{})
 	}
-	return &Node{
+	n := &Node{
 		cfg: cfg, host: h, devices: block.Devices{Host: h},
 		busy:   map[image.Handle]chan struct{}{},
 		frozen: map[image.Handle]*host.Freeze{},
 		looks:  map[string]*look{},
 		slabs:  map[image.Handle][]image.SlabRef{}, reading: map[string]*reading{}, epochs: map[string]int64{}, holds: map[string]*hold{}, holdLimit: block.SuspendLimit,
 	}
+	n.guard = newGuard(&n.devices, n.storageUsage)
+	return n
 }
 
 // Start resumes and thaws what a predecessor that died left suspended or frozen,
@@ -235,6 +238,9 @@ func (n *Node) Freeze(ctx context.Context, h image.Handle, limit time.Duration) 
 		return image.NotFreezable, nil
 	case len(s.mounts) == 0:
 		return image.NotStaged, nil
+	}
+	if err := s.wait(); err != nil {
+		return "", fault.In(err, "freeze", h.Domain, h.Image)
 	}
 	point, err := n.visible(s)
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -279,10 +280,13 @@ func TestDirectoryVolume(t *testing.T) {
 	w.set(h, image.Staging{Handle: h, Layout: image.LayoutDirectory, Size: 1 << 30, Slabs: []image.SlabRef{{ID: "tree"}}})
 	r := w.request(h, "")
 	r.MountFlags = []string{"commit=30"}
-	w.fails(w.node.Stage(bg, r), fault.Invalid, `mount flag "commit"`)
-	r.MountFlags = []string{"noexec"}
+	w.fails(w.node.Stage(bg, r), fault.Invalid, `mount option "commit"`)
+	r.MountFlags = []string{"noexec", "actimeo=1"} // the first is the bind's, the second the storage's
 	for range 2 {
 		w.ok(w.node.Stage(bg, r))
+		if have := w.slabs.options["tree"]; !slices.Equal(have, []string{"actimeo=1"}) {
+			t.Fatalf("the storage was told the mount options %q", have)
+		}
 		w.restart()
 		w.ok(w.node.Publish(bg, w.publication(h, "a")))
 		w.ok(w.node.Publish(bg, w.publication(h, "a")))

@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"slices"
-	"strings"
 	"time"
 
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -39,7 +39,8 @@ type StageRequest struct {
 //
 // fault.Invalid: the request does not fit the image. fault.Permission: the
 // passphrase is wrong. fault.Exists: something
-// else is staged at the path. fault.Corrupt: the slab is damaged. While
+// else is staged at the path. fault.Corrupt: the slab is damaged. fault.Exhausted: what
+// is written to it would have to wait for space. While
 // anything of the image is on the node, staged before or left by this call,
 // such an error is fault.Unavailable instead: it has to be unstaged.
 func (n *Node) Stage(ctx context.Context, r StageRequest) error {
@@ -107,13 +108,23 @@ func (n *Node) assemble(ctx context.Context, r StageRequest, st image.Staging, r
 	if err := n.endReads(ctx, st); err != nil {
 		return err
 	}
-	slabs, release, err := n.attachSlabs(ctx, st, readOnly)
+	opts := engine.AttachOptions{ReadOnly: readOnly}
+	var bind host.MountAttr
+	if st.Layout == image.LayoutDirectory {
+		bind, opts.MountOptions = treeFlags(r.MountFlags, readOnly)
+	}
+	slabs, release, err := n.attachSlabs(ctx, st, opts)
 	if err != nil {
 		return err
 	}
 	defer release()
 	if st.Layout == image.LayoutDirectory {
-		return n.stageTree(ctx, r, slabs[0].Path, readOnly)
+		return n.stageTree(ctx, r, slabs[0].Path, bind)
+	}
+	if !readOnly {
+		if err := n.roomFor(ctx, slabs); err != nil {
+			return err
+		}
 	}
 	use := block.Filesystem
 	if r.Access.Block {
@@ -206,20 +217,24 @@ func fits(r StageRequest, st image.Staging) error {
 	return nil
 }
 
-// stageTree binds a directory slab over an anchor that names the image.
-func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, readOnly bool) error {
-	var attr host.MountAttr
-	for _, f := range r.MountFlags {
-		a, ok := host.ParseMountAttr(f)
-		if !ok {
-			name, _, _ := strings.Cut(f, "=")
-			return fault.New(fault.Invalid, "mount flag %q: a volume of layout %q has no filesystem of its own that could take it", name, image.LayoutDirectory)
+// treeFlags are the mount flags of a directory: those that a bind has for itself, and those that
+// the storage has to take, or refuses.
+func treeFlags(flags []string, readOnly bool) (bind host.MountAttr, storage []string) {
+	for _, f := range flags {
+		if a, ok := host.ParseMountAttr(f); ok {
+			bind |= a
+		} else {
+			storage = append(storage, f)
 		}
-		attr |= a
 	}
 	if readOnly {
-		attr |= host.ReadOnly
+		bind |= host.ReadOnly
 	}
+	return bind, storage
+}
+
+// stageTree binds a directory slab over an anchor that names the image.
+func (n *Node) stageTree(ctx context.Context, r StageRequest, dir string, attr host.MountAttr) error {
 	mounts, err := n.host.Mounts()
 	if err != nil {
 		return err

@@ -11,6 +11,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/image"
 )
@@ -135,7 +136,7 @@ func (n *Node) ready(ctx context.Context, images []image.Staging) (_ *hold, err 
 		if i < 0 {
 			continue // not staged here
 		}
-		slabs, release, err := n.attachSlabs(ctx, st, false)
+		slabs, release, err := n.attachSlabs(ctx, st, engine.AttachOptions{})
 		if err != nil {
 			return nil, fault.In(err, "switch", st.Handle.Domain, st.Handle.Image)
 		}

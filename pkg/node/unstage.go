@@ -14,7 +14,8 @@ import (
 // Image Manager. What is down already is success. What is mounted comes down
 // even when the manager cannot be reached or no longer knows the image.
 //
-// fault.InUse: it is still published, or a process uses it.
+// fault.InUse: it is still published, or a process uses it. fault.Unavailable: what waits to be written
+// cannot be, because its storage is full.
 func (n *Node) Unstage(ctx context.Context, h image.Handle, staging string) error {
 	return fault.In(n.unstage(ctx, h, staging), "unstage", h.Domain, h.Image)
 }
@@ -43,6 +44,11 @@ func (n *Node) unstage(ctx context.Context, h image.Handle, staging string) erro
 	if len(s.parts) > 0 {
 		return fault.New(fault.InUse, "a part of it is still mounted at %q: end the containers that use it, or unmount that", points(s.parts))
 	}
+	done, err := n.letGoOn(ctx, h, s)
+	if err != nil {
+		return err
+	}
+	defer done()
 	if f := n.forgetFreeze(h); f != nil { // whoever relied on it will find it gone
 		if err := f.Thaw(); err != nil && !errors.Is(err, fault.Conflict) {
 			return err

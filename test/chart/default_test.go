@@ -18,7 +18,7 @@ installation: here
 domains:
 - {name: local, engine: dir, scope: node, params: {path: /var/lib/quarry/local}}
 - {name: disk, engine: dir, params: {path: /mnt/disk}, overcommit: 1.5, capacityLimit: 100Gi, backgroundRate: 50Mi, defaults: native-only, aliases: [old]}
-- {name: share, engine: dir, scope: shared, params: {path: /mnt/share}}
+- {name: share, engine: sharedfs, params: {path: /mnt/share}}
 - {name: vg, engine: lvm, params: {vg: data, thinPool: pool}}
 - {name: far, socket: /run/example/engine.sock, params: {pool: a}}
 - {name: own, engine: dir, process: true, params: {path: /var/lib/quarry/own}}

@@ -11,14 +11,20 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/domain"
 	"github.com/quarry-csi/quarry/pkg/engines/dir"
+	"github.com/quarry-csi/quarry/pkg/engines/gluster"
 	"github.com/quarry-csi/quarry/pkg/engines/lvm"
+	"github.com/quarry-csi/quarry/pkg/engines/sharedfs"
+	"github.com/quarry-csi/quarry/pkg/engines/smb"
 )
 
 // registry is what a domains file is checked with; cmd/internal/engines has the same.
 func registry() domain.Registry {
 	return domain.Registry{
-		"dir": {Params: dir.Params, Scope: domain.ScopeNode, Directory: "path"},
-		"lvm": {Params: lvm.Params, Scope: domain.ScopeNode},
+		"dir":      {Params: dir.Params, Scope: domain.ScopeNode, Directory: "path"},
+		"gluster":  {Params: gluster.Params, Scope: domain.ScopeShared, Place: gluster.Place},
+		"lvm":      {Params: lvm.Params, Scope: domain.ScopeNode},
+		"sharedfs": {Params: sharedfs.Params, Scope: domain.ScopeShared, Directory: "path"},
+		"smb":      {Params: smb.Params, Scope: domain.ScopeShared, Place: smb.Place},
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
 )
 
 func TestAnAgentSeesTheDirectoriesOfItsDomains(t *testing.T) {
@@ -69,6 +70,27 @@ func TestLVMSharesTheHostsLocks(t *testing.T) {
 	}
 }
 
+// The FUSE processes of an agent outlive its pod, and the next agent takes their mounts down everywhere.
+func TestGlusterOutlivesThePod(t *testing.T) {
+	with := daemonSet(t, mustRender(t, release{values: `
+domains:
+- {name: local, engine: dir, params: {path: /var/lib/quarry/local}}
+- {name: gluster, engine: gluster, params: {servers: "g1,g2", volume: vol}}
+`})).Spec.Template.Spec
+	without := daemonSet(t, mustRender(t, release{})).Spec.Template.Spec
+	if !with.HostPID || without.HostPID {
+		t.Errorf("hostPID is %v with a domain of gluster, and %v without", with.HostPID, without.HostPID)
+	}
+	if !slices.Contains(hostPaths(&with), "/run/quarry/mounts") || slices.Contains(hostPaths(&without), "/run/quarry/mounts") {
+		t.Errorf("paths of the host: %q, and %q without gluster", hostPaths(&with), hostPaths(&without))
+	}
+	for _, m := range with.Containers[0].VolumeMounts {
+		if m.Name == "mounts" && (m.MountPropagation == nil || *m.MountPropagation != corev1.MountPropagationBidirectional) {
+			t.Errorf("%+v", m)
+		}
+	}
+}
+
 // An agent is not replaced because of a domain whose directory it sees already.
 func TestADomainBelowTheDataDirectoryReplacesNoAgent(t *testing.T) {
 	before := daemonSet(t, mustRender(t, release{})).Spec.Template
@@ -83,5 +105,34 @@ domains:
 	}
 	if old, now := deployment(t, mustRender(t, release{})).Spec.Template, deployment(t, r).Spec.Template; old.String() != now.String() { // they follow the file
 		t.Errorf("the pods of controllers differ:\n%s\n%s", old.String(), now.String())
+	}
+}
+
+// TestMountsOverTheNetworkOutliveThePod: the kernel's connection to a server lives in the network of
+// who mounted.
+func TestMountsOverTheNetworkOutliveThePod(t *testing.T) {
+	nfs := "domains: [{name: nas, engine: nfs4, scope: shared, params: {server: nas, export: /k8s}}]\nclasses: [{name: quarry, parameters: {domain: nas}}]\n"
+	for name, c := range map[string]struct {
+		values string
+		host   bool
+	}{
+		"a directory":           {"", false},
+		"an export":             {nfs, true},
+		"switched off":          {nfs + "node: {hostNetwork: false}", false},
+		"switched on":           {"node: {hostNetwork: true}", true},
+		"another's own process": {"domains: [{name: local, socket: /run/example/engine.sock, engine: nfs4}]", false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := mustRender(t, release{values: c.values})
+			pod := daemonSet(t, r).Spec.Template.Spec
+			if pod.HostNetwork != c.host || (pod.DNSPolicy == corev1.DNSClusterFirstWithHostNet) != c.host {
+				t.Errorf("host network %t, DNS %q", pod.HostNetwork, pod.DNSPolicy)
+			}
+			// No selector of pods finds one that has the node's address.
+			policy := into[networkingv1.NetworkPolicy](t, r.one(t, "NetworkPolicy", "quarry-controller"))
+			if open := len(policy.Spec.Ingress[0].From) == 0; open != c.host {
+				t.Errorf("agents are let in from %+v", policy.Spec.Ingress[0].From)
+			}
+		})
 	}
 }

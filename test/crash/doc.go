@@ -3,5 +3,6 @@
 // another one, at every engine call of every operation.
 //
 // `go test` runs a quick form of each test; with QUARRY_CRASH=long in the
-// environment, as `make crash` sets it, every point is tried.
+// environment, as `make crash` sets it, every point is tried. In the kernel lab the
+// same is tried over the engines of real servers (shares_lab_test.go).
 package crash

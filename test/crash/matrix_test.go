@@ -19,7 +19,7 @@ func TestEveryOperationAtEveryEngineCall(t *testing.T) {
 		t.Run(st.name, func(t *testing.T) {
 			for _, layout := range []image.Layout{image.LayoutImage, image.LayoutDirectory} {
 				for _, sc := range scenarios() {
-					for _, m := range []mode{crashBefore, crashAfter, lostReply, outage, refused, misread} {
+					for _, m := range mishaps {
 						total++
 						t.Run(fmt.Sprintf("%s, %s, %s", layout, sc.name, m), func(t *testing.T) {
 							t.Parallel()
@@ -33,6 +33,9 @@ func TestEveryOperationAtEveryEngineCall(t *testing.T) {
 	t.Logf("%d operations and mishaps, %d points", total, points.Load())
 }
 
+// mishaps are all that may befall an operation at an engine call.
+var mishaps = []mode{crashBefore, crashAfter, lostReply, outage, refused, misread}
+
 // step between the points that the quick form tries: prime, so that every kind
 // of call is met in some scenario.
 func step() int {
@@ -45,14 +48,7 @@ func step() int {
 // matrix tries one operation with one mishap, and returns how many points it tried.
 func matrix(t *testing.T, st storage, layout image.Layout, sc scenario, m mode) (n int) {
 	for at := 1; ; at += step() {
-		w := newWorld(t, st, layout)
-		w.story = fmt.Sprintf("%s: %s", sc.name, point(m, at))
-		s := newStory(w)
-		sc.prepare(s)
-		w.restart() // begin from what is on the disk
-		hit := mishap(s, m, at)
-		w.end()
-		if hit == "" {
+		if hit := tried(t, st, layout, sc, m, at); hit == "" {
 			if n == 0 && m != misread && m != refused {
 				t.Error("the operation makes no engine call")
 			}
@@ -60,6 +56,19 @@ func matrix(t *testing.T, st storage, layout image.Layout, sc scenario, m mode) 
 		}
 		n++
 	}
+}
+
+// tried tries one operation with one mishap at a call, in a world of its own. It returns
+// what was hit; "": the operation makes fewer calls.
+func tried(t *testing.T, st storage, layout image.Layout, sc scenario, m mode, at int) (hit string) {
+	w := newWorld(t, st, layout)
+	w.story = fmt.Sprintf("%s: %s", sc.name, point(m, at))
+	s := newStory(w)
+	sc.prepare(s)
+	w.restart() // begin from what is on the disk
+	hit = mishap(s, m, at)
+	w.end()
+	return hit
 }
 
 // mishap plays a story with a mishap at a call. It returns what was hit; "": the

@@ -88,9 +88,51 @@ func (nodes) Staged(context.Context, image.Handle) (bool, error) { return false,
 // storage is where domains are made, and how they are opened.
 type storage struct {
 	name    string
-	root    string
-	minimal bool // without any capability
-	layers  bool // with nodes that can build chains of layers
+	root    string // the folder in which each domain has one, as the machine sees it whose disk it is on
+	minimal bool   // without any capability
+	layers  bool   // with nodes that can build chains of layers
+	share   *share // nil: the engine is dir
+}
+
+// share is how the engine of a server comes to a domain's folder.
+type share struct {
+	engine string
+	open   func(ctx context.Context, folder string) (engine.Engine, error)
+	// give gives a new folder to those who are to write in it; nil: root may.
+	give func(folder string)
+	// decorated names have "_" before and after them on the disk.
+	decorated bool
+}
+
+// open opens the domain in a folder of the storage.
+func (s storage) open(ctx context.Context, folder string) (engine.Engine, error) {
+	if s.share != nil {
+		return s.share.open(ctx, folder)
+	}
+	return dir.Open(ctx, map[string]string{"path": folder}, host.Exec{})
+}
+
+// engine is the type of the engine.
+func (s storage) engine() string {
+	if s.share != nil {
+		return s.share.engine
+	}
+	return "dir"
+}
+
+// onDisk is the name of a slab, a tag or a class in its folder; offDisk is the reverse.
+func (s storage) onDisk(name string) string {
+	if s.share != nil && s.share.decorated {
+		return "_" + name + "_"
+	}
+	return name
+}
+
+func (s storage) offDisk(name string) string {
+	if s.share != nil && s.share.decorated {
+		return strings.TrimSuffix(strings.TrimPrefix(name, "_"), "_")
+	}
+	return name
 }
 
 // storages are the two that differ most: everything native, and everything by
@@ -166,6 +208,7 @@ func (r *resumes) n() int {
 type process struct {
 	*image.Manager
 	control *control
+	engines map[string]engine.Engine // by domain, as the control does not touch them
 }
 
 // world is a set of domain directories, the process that runs on them, and what
@@ -195,6 +238,9 @@ func newWorld(t testing.TB, s storage, layout image.Layout) *world {
 		path, err := os.MkdirTemp(s.root, "world-"+d+"-")
 		w.must(err)
 		w.dirs[d] = path
+		if s.share != nil && s.share.give != nil {
+			s.share.give(path)
+		}
 	}
 	if s.layers {
 		w.kernel = newKernel(t, w.dirs)
@@ -245,7 +291,7 @@ func (w *world) launch() process {
 }
 
 func (w *world) tryLaunch(c *control) (process, error) {
-	p := process{control: c}
+	p := process{control: c, engines: map[string]engine.Engine{}}
 	var agents image.Agents = nodes{}
 	if w.kernel != nil {
 		agents = chainAgents{w.kernel, p.control}
@@ -254,14 +300,15 @@ func (w *world) tryLaunch(c *control) (process, error) {
 	p.Manager = image.New(image.Config{Installation: "test", Agents: agents, Worker: worker, Now: w.clock.Now, LookEvery: time.Millisecond, CollectEvery: -1})
 	worker.Engines = p.Engine
 	for _, name := range []string{"a", "b"} {
-		e, err := dir.Open(w.ctx, map[string]string{"path": w.dirs[name]}, host.Exec{})
+		e, err := w.kind.open(w.ctx, w.dirs[name])
 		w.must(err)
+		p.engines[name] = e
 		if w.kind.minimal {
 			e = engine.Minimal(e)
 		}
 		f := newFaulty(e, p.control)
 		f.torn = w.torn
-		if _, err := p.AddDomain(w.ctx, image.DomainConfig{Name: name, Engine: "dir", Scope: image.ScopeShared, Overcommit: 1000, BackgroundRate: w.rate}, f); err != nil {
+		if _, err := p.AddDomain(w.ctx, image.DomainConfig{Name: name, Engine: w.kind.engine(), Scope: image.ScopeShared, Overcommit: 1000, BackgroundRate: w.rate}, f); err != nil {
 			return p, errors.Join(err, f.Close(), p.Close())
 		}
 	}
@@ -323,9 +370,9 @@ func makeContent(seed uint64, i int) []byte {
 	return b
 }
 
-func (w *world) path(p process, img image.Image) string {
-	w.t.Helper()
-	path := filepath.Join(w.dirs[img.Handle.Domain], "slabs", img.Slab)
+// path is where an image's slab lies on the disk.
+func (w *world) path(img image.Image) string {
+	path := filepath.Join(w.dirs[img.Handle.Domain], "slabs", w.kind.onDisk(img.Slab))
 	if img.Layout == image.LayoutDirectory {
 		path = filepath.Join(path, "data")
 	}
@@ -338,8 +385,17 @@ func (w *world) write(img image.Image, seed uint64) {
 	w.must(w.put(img, seed))
 }
 
-func (w *world) put(img image.Image, seed uint64) error {
-	path := w.path(w.process, img)
+func (w *world) put(img image.Image, seed uint64) (err error) {
+	path := w.path(img)
+	if w.kind.share != nil { // written as a node does: what its client caches is then the same for all
+		e := w.engines[img.Handle.Domain]
+		at, failed := e.AttachSlab(w.ctx, img.Slab, engine.AttachOptions{})
+		if failed != nil {
+			return failed
+		}
+		defer func() { err = errors.Join(err, e.DetachSlab(w.ctx, img.Slab)) }()
+		path = at.Path
+	}
 	if img.Layout == image.LayoutDirectory {
 		if err := os.Mkdir(filepath.Join(path, "folder"), 0o755); err != nil && !errors.Is(err, os.ErrExist) {
 			return err
@@ -367,7 +423,7 @@ func (w *world) put(img image.Image, seed uint64) error {
 
 // holds says how an image differs from a seed's content.
 func (w *world) holds(img image.Image, seed uint64) error {
-	path := w.path(w.process, img)
+	path := w.path(img)
 	if img.Layout == image.LayoutDirectory {
 		for i, name := range []string{"first", "folder/second"} {
 			got, err := os.ReadFile(filepath.Join(path, name))
@@ -504,16 +560,20 @@ func (w *world) onDisk(domain, kind string) []string {
 		entries, err := os.ReadDir(filepath.Join(w.dirs[domain], kind))
 		w.must(err)
 		for _, e := range entries {
-			out = append(out, e.Name())
+			out = append(out, w.kind.offDisk(e.Name()))
 		}
+		slices.Sort(out)
 		return out
 	}
 	root := filepath.Join(w.dirs[domain], "tags")
 	w.must(filepath.Walk(root, func(p string, st os.FileInfo, err error) error {
-		if err == nil && !st.IsDir() && !strings.HasPrefix(st.Name(), "e.") && !strings.HasPrefix(st.Name(), "o.") && st.Name() != "n.id" {
-			out = append(out, st.Name())
+		if err != nil || st.IsDir() {
+			return err
 		}
-		return err
+		if name := w.kind.offDisk(st.Name()); !strings.HasPrefix(name, "e.") && !strings.HasPrefix(name, "o.") && name != "n.id" {
+			out = append(out, name)
+		}
+		return nil
 	}))
 	return out
 }

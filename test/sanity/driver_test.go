@@ -56,6 +56,11 @@ func (d *driver) stop(t *testing.T) {
 // directory is the entry of a domain of engine dir.
 func directory(path string) string { return process.Domain("local", path, "  scope: node\n") }
 
+// sharedDirectory is the entry of a domain of engine sharedfs, on a file system that is not shared.
+func sharedDirectory(path string) string {
+	return fmt.Sprintf("- name: local\n  engine: sharedfs\n  params: {path: %s, allowLocal: \"true\"}\n", path)
+}
+
 // openDomain asks for a volume until the domain is open, to learn its ID.
 func (d *driver) openDomain(t *testing.T) string {
 	t.Helper()

@@ -27,7 +27,8 @@ type storage struct {
 	mark  string              // in what the kernel says of mounts and loop devices
 	space func() error        // what it holds beside tags
 	tags  func() (int, error) // how many tags of images it has
-	takes string              // how snapshots are to be taken, as the log says it
+	takes string              // how snapshots of images are to be taken, as the log says it
+	trees bool                // it has directory volumes, too
 }
 
 func TestLabDirectory(t *testing.T) {
@@ -39,16 +40,7 @@ func TestLabDirectory(t *testing.T) {
 	}
 	runLab(t, storage{entry: directory(domain), mark: root + "/", takes: "layer",
 		space: func() error { return emptyDirectory(domain) },
-		tags: func() (n int, err error) {
-			for _, class := range []string{"i", "d", "a", "p"} {
-				entries, err := os.ReadDir(filepath.Join(domain, "tags", class))
-				if err != nil && !errors.Is(err, os.ErrNotExist) {
-					return 0, err
-				}
-				n += len(entries)
-			}
-			return n, nil
-		}})
+		tags:  func() (int, error) { return tagsIn(domain) }})
 }
 
 func TestLabThickVolumes(t *testing.T) {
@@ -73,7 +65,7 @@ func TestLabGroupSnapshot(t *testing.T) {
 	noMapped(t)
 }
 
-// runLab runs the suite for both kinds of access, in one life of the driver.
+// runLab runs the suite for every kind of volume, in one life of the driver.
 func runLab(t *testing.T, s storage) {
 	dir := t.TempDir()
 	if out := os.Getenv("LAB_OUT"); out != "" { // to be read while it runs
@@ -88,9 +80,10 @@ func runLab(t *testing.T, s storage) {
 		}
 	}()
 	id := d.openDomain(t)
-	for _, access := range []string{"mount", "block"} {
-		t.Run(access, func(t *testing.T) {
-			d.suite(t, specCase{Access: access, Dir: dir, Domain: id, Size: s.size})
+	suite := func(name string, c specCase) {
+		t.Run(name, func(t *testing.T) {
+			c.Dir, c.Domain, c.Size = dir, id, s.size
+			d.suite(t, c)
 			d.noImages(t)
 			wait(t, "the collector to give back all space", patience, s.space)
 			nothingIsInUse(t, s.mark, dir+"/", id+"/")
@@ -100,7 +93,12 @@ func runLab(t *testing.T, s storage) {
 			}
 		})
 	}
+	suite("mount", specCase{Access: "mount"})
+	suite("block", specCase{Access: "block"})
 	d.noCopies(t, s.takes)
+	if s.trees { // of which copies are made
+		suite("directory", specCase{Access: "mount", Parameters: map[string]string{"layout": "directory"}})
+	}
 	if !testing.Short() {
 		wait(t, "the collector to remove the tags of all images", 30*time.Minute, func() error {
 			n, err := s.tags()

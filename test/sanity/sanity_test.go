@@ -37,22 +37,28 @@ func TestSanity(t *testing.T) {
 	}
 	binary := build(t)
 	for _, fs := range []string{"ext4", "xfs", "btrfs"} {
-		t.Run(fs+"/mount", func(t *testing.T) { run(t, binary, fs, specCase{Access: "mount"}) })
-		t.Run(fs+"/block", func(t *testing.T) { run(t, binary, fs, specCase{Access: "block"}) })
-		t.Run(fs+"/directory", func(t *testing.T) {
-			run(t, binary, fs, specCase{Access: "mount", Parameters: map[string]string{"layout": "directory"}})
-		})
+		everyAccess(t, fs, func(t *testing.T, c specCase) { run(t, binary, fs, directory, c) })
 	}
+	everyAccess(t, "sharedfs", func(t *testing.T, c specCase) { run(t, binary, "xfs", sharedDirectory, c) })
 }
 
-func run(t *testing.T, binary, fs string, c specCase) {
+// everyAccess runs a test for each way of using volumes.
+func everyAccess(t *testing.T, name string, run func(t *testing.T, c specCase)) {
+	t.Run(name+"/mount", func(t *testing.T) { run(t, specCase{Access: "mount"}) })
+	t.Run(name+"/block", func(t *testing.T) { run(t, specCase{Access: "block"}) })
+	t.Run(name+"/directory", func(t *testing.T) {
+		run(t, specCase{Access: "mount", Parameters: map[string]string{"layout": "directory"}})
+	})
+}
+
+func run(t *testing.T, binary, fs string, entry func(path string) string, c specCase) {
 	root := hosttest.Filesystem(t, fs, fsSize)
 	c.Dir = t.TempDir()
 	domain := filepath.Join(root, "domain")
 	if err := os.Mkdir(domain, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	d := start(t, binary, c.Dir, directory(domain))
+	d := start(t, binary, c.Dir, entry(domain))
 	c.Domain = d.openDomain(t)
 	d.suite(t, c)
 	d.nothingIsLeft(t, domain)

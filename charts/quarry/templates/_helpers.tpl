@@ -80,7 +80,7 @@ all that are not below node.dataDir. */}}
 {{- $base := printf "%s/" (trimSuffix "/" .Values.node.dataDir) -}}
 {{- $paths := list -}}
 {{- range .Values.domains -}}
-{{- if or .socket (eq (default "" .engine) "dir") -}}
+{{- if or .socket (has (default "" .engine) (list "dir" "sharedfs")) -}}
 {{- $path := clean (default "" (index (default dict .params) "path")) -}}
 {{- if .socket -}}{{- $path = dir (clean .socket) -}}{{- end -}}
 {{- if not (hasPrefix $base (printf "%s/" $path)) -}}{{- $paths = append $paths $path -}}{{- end -}}
@@ -91,6 +91,22 @@ all that are not below node.dataDir. */}}
 
 {{- define "quarry.usesLVM" -}}
 {{- range .Values.domains -}}{{- if and (not .socket) (eq (default "" .engine) "lvm") -}}true{{- end -}}{{- end -}}
+{{- end -}}
+
+{{/* "true" or nothing: what the kernel mounts over the network belongs to the network of who mounts
+it, and pods go on to use it when the agent's pod has gone. */}}
+{{- define "quarry.hostNetwork" -}}
+{{- if kindIs "bool" .Values.node.hostNetwork -}}
+{{- if .Values.node.hostNetwork -}}true{{- end -}}
+{{- else -}}
+{{- $mounts := false -}}
+{{- range .Values.domains -}}{{- if and (not .socket) (has (default "" .engine) (list "nfs3" "nfs4" "smb" "gluster")) -}}{{- $mounts = true -}}{{- end -}}{{- end -}}
+{{- if $mounts -}}true{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "quarry.usesGluster" -}}
+{{- range .Values.domains -}}{{- if and (not .socket) (eq (default "" .engine) "gluster") -}}true{{- end -}}{{- end -}}
 {{- end -}}
 
 {{- define "quarry.tlsSecret" -}}{{ default (printf "%s-tls" (include "quarry.controller" .)) .Values.tls.secret }}{{- end -}}
@@ -119,8 +135,8 @@ capabilities: {drop: [ALL]}
 {{- if has . $names -}}{{- fail (printf "domains: %q is the name or an alias of two domains" .) -}}{{- end -}}
 {{- $names = append $names . -}}
 {{- end -}}
-{{- if and (not .socket) (eq (default "" .engine) "dir") (not (index (default dict .params) "path")) -}}
-{{- fail (printf "domains: %q: engine dir needs params.path, the directory on each node" .name) -}}
+{{- if and (not .socket) (has (default "" .engine) (list "dir" "sharedfs")) (not (index (default dict .params) "path")) -}}
+{{- fail (printf "domains: %q: engine %s needs params.path, the directory on each node" .name .engine) -}}
 {{- end -}}
 {{- if and .secretsFile (hasKey $.Values.secrets .name) -}}
 {{- fail (printf "domains: %q has a secretsFile and stands in secrets as well: leave out secretsFile, the chart sets it" .name) -}}

@@ -54,7 +54,7 @@ func (u *UsageResponse) Go() engine.Usage {
 // DescriptionOf translates what a domain says of itself.
 func DescriptionOf(d engine.Description) *DescribeResponse {
 	r := &DescribeResponse{Granularity: d.Granularity, MaxSlabSize: d.MaxSlabSize, MaxTags: d.MaxTags, ZeroedSpace: d.ZeroedSpace, AtomicListing: d.AtomicListing,
-		SharedAccess: d.SharedAccess, MultiWriterBlock: d.MultiWriterBlock, Location: Text(d.Location), Params: d.Params, ParamValues: d.ParamValues, TreeParams: d.TreeParams}
+		SharedAccess: d.SharedAccess, MultiWriterBlock: d.MultiWriterBlock, Location: Text(d.Location), Params: d.Params, ParamValues: d.ParamValues, TreeParams: d.TreeParams, MountOptions: d.MountOptions}
 	for _, k := range d.Kinds {
 		r.Kinds = append(r.Kinds, KindOf(k))
 	}
@@ -67,7 +67,7 @@ func DescriptionOf(d engine.Description) *DescribeResponse {
 // Go translates back.
 func (r *DescribeResponse) Go() engine.Description {
 	d := engine.Description{Granularity: r.GetGranularity(), MaxSlabSize: r.GetMaxSlabSize(), MaxTags: r.GetMaxTags(), ZeroedSpace: r.GetZeroedSpace(), AtomicListing: r.GetAtomicListing(),
-		SharedAccess: r.GetSharedAccess(), MultiWriterBlock: r.GetMultiWriterBlock(), Location: r.GetLocation(), Params: r.GetParams(), ParamValues: r.GetParamValues(), TreeParams: r.GetTreeParams(), Notes: r.GetNotes()}
+		SharedAccess: r.GetSharedAccess(), MultiWriterBlock: r.GetMultiWriterBlock(), Location: r.GetLocation(), Params: r.GetParams(), ParamValues: r.GetParamValues(), TreeParams: r.GetTreeParams(), MountOptions: r.GetMountOptions(), Notes: r.GetNotes()}
 	for _, k := range r.GetKinds() {
 		d.Kinds = append(d.Kinds, k.Go())
 	}

@@ -13,7 +13,7 @@ import (
 func TestADescriptionArrivesWhole(t *testing.T) {
 	d := engine.Description{Kinds: []engine.Kind{engine.Block, engine.Tree}, Granularity: 4096, MaxSlabSize: 1 << 40, MaxTags: 7, ZeroedSpace: true, AtomicListing: true,
 		SharedAccess: true, MultiWriterBlock: true, Location: "/srv (ext4)", Params: map[string]string{"mode": "help"},
-		ParamValues: map[string]string{"mode": "[0-7]+"}, TreeParams: []string{"mode"}, Notes: []string{"a note"}}
+		ParamValues: map[string]string{"mode": "[0-7]+"}, TreeParams: []string{"mode"}, MountOptions: true, Notes: []string{"a note"}}
 	v := reflect.ValueOf(d)
 	for i := range v.NumField() {
 		if v.Field(i).IsZero() {

@@ -411,7 +411,9 @@ type DescribeResponse struct {
 	// param_values has, by name, a regular expression (RE2) that the whole value of a parameter matches.
 	ParamValues map[string]string `protobuf:"bytes,12,rep,name=param_values,json=paramValues,proto3" json:"param_values,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// tree_params are those that only slabs of kind tree take.
-	TreeParams    []string `protobuf:"bytes,13,rep,name=tree_params,json=treeParams,proto3" json:"tree_params,omitempty"`
+	TreeParams []string `protobuf:"bytes,13,rep,name=tree_params,json=treeParams,proto3" json:"tree_params,omitempty"`
+	// mount_options: slabs of kind tree take AttachSlabRequest.mount_options. Without it none are sent.
+	MountOptions  bool `protobuf:"varint,14,opt,name=mount_options,json=mountOptions,proto3" json:"mount_options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -535,6 +537,13 @@ func (x *DescribeResponse) GetTreeParams() []string {
 		return x.TreeParams
 	}
 	return nil
+}
+
+func (x *DescribeResponse) GetMountOptions() bool {
+	if x != nil {
+		return x.MountOptions
+	}
+	return false
 }
 
 type SlabSpec struct {
@@ -1373,10 +1382,13 @@ func (x *ListTagsResponse) GetTags() []*Tag {
 }
 
 type AttachSlabRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Domain        string                 `protobuf:"bytes,1,opt,name=domain,proto3" json:"domain,omitempty"`
-	Id            string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
-	ReadOnly      bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Domain   string                 `protobuf:"bytes,1,opt,name=domain,proto3" json:"domain,omitempty"`
+	Id       string                 `protobuf:"bytes,2,opt,name=id,proto3" json:"id,omitempty"`
+	ReadOnly bool                   `protobuf:"varint,3,opt,name=read_only,json=readOnly,proto3" json:"read_only,omitempty"`
+	// mount_options of mount(8) that the storage of a tree has to take. One that it does not take is
+	// INVALID_ARGUMENT, and the error names it without its value.
+	MountOptions  []string `protobuf:"bytes,4,rep,name=mount_options,json=mountOptions,proto3" json:"mount_options,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1430,6 +1442,13 @@ func (x *AttachSlabRequest) GetReadOnly() bool {
 		return x.ReadOnly
 	}
 	return false
+}
+
+func (x *AttachSlabRequest) GetMountOptions() []string {
+	if x != nil {
+		return x.MountOptions
+	}
+	return nil
 }
 
 type AttachSlabResponse struct {
@@ -3098,7 +3117,7 @@ const file_engine_proto_rawDesc = "" +
 	"\x06domain\x18\x01 \x01(\tR\x06domain\"\x0f\n" +
 	"\rCloseResponse\")\n" +
 	"\x0fDescribeRequest\x12\x16\n" +
-	"\x06domain\x18\x01 \x01(\tR\x06domain\"\xac\x05\n" +
+	"\x06domain\x18\x01 \x01(\tR\x06domain\"\xd1\x05\n" +
 	"\x10DescribeResponse\x12,\n" +
 	"\x05kinds\x18\x01 \x03(\x0e2\x16.quarry.engine.v1.KindR\x05kinds\x12 \n" +
 	"\vgranularity\x18\x02 \x01(\x03R\vgranularity\x12\"\n" +
@@ -3114,7 +3133,8 @@ const file_engine_proto_rawDesc = "" +
 	"\x05notes\x18\v \x03(\tR\x05notes\x12V\n" +
 	"\fparam_values\x18\f \x03(\v23.quarry.engine.v1.DescribeResponse.ParamValuesEntryR\vparamValues\x12\x1f\n" +
 	"\vtree_params\x18\r \x03(\tR\n" +
-	"treeParams\x1a9\n" +
+	"treeParams\x12#\n" +
+	"\rmount_options\x18\x0e \x01(\bR\fmountOptions\x1a9\n" +
 	"\vParamsEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
 	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01\x1a>\n" +
@@ -3169,11 +3189,12 @@ const file_engine_proto_rawDesc = "" +
 	"\x06domain\x18\x01 \x01(\tR\x06domain\x12\x16\n" +
 	"\x06prefix\x18\x02 \x01(\tR\x06prefix\"=\n" +
 	"\x10ListTagsResponse\x12)\n" +
-	"\x04tags\x18\x01 \x03(\v2\x15.quarry.engine.v1.TagR\x04tags\"X\n" +
+	"\x04tags\x18\x01 \x03(\v2\x15.quarry.engine.v1.TagR\x04tags\"}\n" +
 	"\x11AttachSlabRequest\x12\x16\n" +
 	"\x06domain\x18\x01 \x01(\tR\x06domain\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\x12\x1b\n" +
-	"\tread_only\x18\x03 \x01(\bR\breadOnly\"(\n" +
+	"\tread_only\x18\x03 \x01(\bR\breadOnly\x12#\n" +
+	"\rmount_options\x18\x04 \x03(\tR\fmountOptions\"(\n" +
 	"\x12AttachSlabResponse\x12\x12\n" +
 	"\x04path\x18\x01 \x01(\tR\x04path\";\n" +
 	"\x11DetachSlabRequest\x12\x16\n" +

@@ -41,11 +41,17 @@ type Harness struct {
 	// Behind says that the engine is behind a socket as it is: then it is not put behind
 	// another one.
 	Behind bool
+	// Once runs the suite only as the engine is, not also over a socket and under engine.Minimal: the quick
+	// form for a storage on which the whole takes many minutes.
+	Once bool
 }
 
 // Run runs the suite.
 func Run(t *testing.T, h Harness) {
 	t.Run("native", func(t *testing.T) { suite{h}.run(t) })
+	if h.Once {
+		return
+	}
 	if !h.Behind {
 		t.Run("socket", func(t *testing.T) { overSockets(h).run(t) })
 	}

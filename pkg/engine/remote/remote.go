@@ -422,7 +422,16 @@ func (e *Engine) AttachSlab(ctx context.Context, slab string, opts engine.Attach
 	if err != nil {
 		return engine.Attachment{}, err
 	}
-	r, err := e.engine.AttachSlab(ctx, &enginepb.AttachSlabRequest{Domain: id, Id: slab, ReadOnly: opts.ReadOnly})
+	if len(opts.MountOptions) > 0 { // one that does not know the field would take no notice of it
+		d, err := e.Describe(ctx)
+		if err == nil && !d.MountOptions {
+			err = engine.NoMountOptions(opts)
+		}
+		if err != nil {
+			return engine.Attachment{}, err
+		}
+	}
+	r, err := e.engine.AttachSlab(ctx, &enginepb.AttachSlabRequest{Domain: id, Id: slab, ReadOnly: opts.ReadOnly, MountOptions: opts.MountOptions})
 	if err != nil {
 		return engine.Attachment{}, e.failed(err)
 	}

@@ -236,6 +236,7 @@ type liar struct {
 	slabs    []*enginepb.Slab
 	tags     []*enginepb.Tag
 	path     string
+	attached *enginepb.AttachSlabRequest
 }
 
 func (l *liar) Open(context.Context, *enginepb.OpenRequest) (*enginepb.OpenResponse, error) {
@@ -254,7 +255,8 @@ func (l *liar) ListTags(_ *enginepb.ListTagsRequest, s grpc.ServerStreamingServe
 	return s.Send(&enginepb.ListTagsResponse{Tags: l.tags})
 }
 
-func (l *liar) AttachSlab(context.Context, *enginepb.AttachSlabRequest) (*enginepb.AttachSlabResponse, error) {
+func (l *liar) AttachSlab(_ context.Context, r *enginepb.AttachSlabRequest) (*enginepb.AttachSlabResponse, error) {
+	l.attached = r
 	return &enginepb.AttachSlabResponse{Path: l.path}, nil
 }
 
@@ -305,6 +307,17 @@ func TestWhatAnEngineAnswersIsChecked(t *testing.T) {
 	lie.path = "tmp/x"
 	_, err = e.AttachSlab(ctx, "a", engine.AttachOptions{})
 	check("path", `path "tmp/x", which is not absolute`, err)
+
+	// Mount options are not sent to one that does not say that it knows of them.
+	lie.path, lie.attached, lie.describe.Granularity = "/x", nil, 4096
+	with := engine.AttachOptions{MountOptions: []string{"password=geheim"}}
+	if _, err = e.AttachSlab(ctx, "a", with); !errors.Is(err, fault.Invalid) || !strings.Contains(err.Error(), `"password"`) || strings.Contains(err.Error(), "geheim") || lie.attached != nil {
+		t.Errorf("mount options that are not known: %v, sent %v", err, lie.attached)
+	}
+	lie.describe.MountOptions = true
+	if _, err = e.AttachSlab(ctx, "a", with); err != nil || !slices.Equal(lie.attached.GetMountOptions(), with.MountOptions) {
+		t.Errorf("mount options: %v, sent %v", err, lie.attached)
+	}
 
 	// A message that is too large is gRPC's own limit, and not a full storage.
 	for i := range 5000 {

@@ -134,7 +134,7 @@ func (s *Server) AttachSlab(ctx context.Context, r *enginepb.AttachSlabRequest) 
 		return nil, err
 	}
 	defer done()
-	a, err := o.engine.AttachSlab(ctx, r.GetId(), engine.AttachOptions{ReadOnly: r.GetReadOnly()})
+	a, err := o.engine.AttachSlab(ctx, r.GetId(), engine.AttachOptions{ReadOnly: r.GetReadOnly(), MountOptions: r.GetMountOptions()})
 	return &enginepb.AttachSlabResponse{Path: a.Path}, err
 }
 

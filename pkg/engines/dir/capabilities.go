@@ -5,8 +5,6 @@ import (
 	"errors"
 	"os"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/engines/posix"
 	"github.com/quarry-csi/quarry/pkg/fault"
@@ -41,29 +39,19 @@ func (e *dirEngine) Supports(c engine.Capability) bool {
 	return false
 }
 
-// SnapshotSlab implements engine.Snapshotter. Block: FICLONE locks the source's
-// inode and writes its dirty pages first, so it sees every write whole and in
-// order. The new slab has the size of spec. Tree: a btrfs snapshot; declined
+// SnapshotSlab implements engine.Snapshotter. Block: a reflink. Tree: a btrfs snapshot; declined
 // where that would not be a whole copy.
 func (e *dirEngine) SnapshotSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
-	if err := engine.CheckName("source slab ID", source); err != nil {
-		return err
+	if spec.Kind == engine.Block && e.reflink {
+		return e.Reflink(ctx, source, spec)
 	}
-	if same, err := e.Same(spec); same || err != nil {
-		return err
-	}
-	src, slab, err := e.OpenSlab(source)
-	if err != nil {
+	src, done, err := e.From(source, spec)
+	if done || err != nil {
 		return err
 	}
 	defer src.Close()
-	switch {
-	case slab.Kind != spec.Kind:
-		return fault.New(fault.Invalid, "slab %q is a %s slab: a copy of it cannot be of kind %s", source, slab.Kind, spec.Kind)
-	case spec.Kind == engine.Tree && e.subvolume:
+	if spec.Kind == engine.Tree && e.subvolume {
 		return e.MakeTree(ctx, spec, func(wrapper *os.File) error { return e.snapshotTree(src, wrapper, spec.Size) })
-	case spec.Kind == engine.Block && e.reflink:
-		return e.MakeBlock(ctx, spec, func(f *os.File) error { return clone(f, src) })
 	}
 	return engine.ErrDeclined
 }
@@ -71,17 +59,6 @@ func (e *dirEngine) SnapshotSlab(ctx context.Context, source string, spec engine
 // CloneSlab implements engine.Cloner.
 func (e *dirEngine) CloneSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
 	return e.SnapshotSlab(ctx, source, spec)
-}
-
-func clone(to, from *os.File) error {
-	switch err := unix.IoctlFileClone(int(to.Fd()), int(from.Fd())); err {
-	case unix.EOPNOTSUPP, unix.EXDEV, unix.EINVAL, unix.ETXTBSY:
-		return engine.ErrDeclined // this pair cannot: a no-copy-on-write file, a swap file
-	case nil:
-		return nil
-	default:
-		return &os.LinkError{Op: "reflink", Old: from.Name(), New: to.Name(), Err: err}
-	}
 }
 
 func (e *dirEngine) snapshotTree(src, wrapper *os.File, size int64) error {
@@ -117,50 +94,34 @@ func (e *dirEngine) SetQuota(ctx context.Context, id string, size int64) error {
 	return posix.Fault(e.limiter.limit(f, size))
 }
 
-// DomainUsage implements engine.Meter.
-func (e *dirEngine) DomainUsage(ctx context.Context) (engine.Usage, error) {
-	var st unix.Statfs_t
-	if err := unix.Statfs(e.Path(), &st); err != nil {
-		return engine.Usage{}, posix.Fault(&os.PathError{Op: "statfs", Path: e.Path(), Err: err})
-	}
-	size := int64(st.Bsize)
-	return engine.Usage{
-		Total: int64(st.Blocks) * size, Used: int64(st.Blocks-st.Bfree) * size, Available: int64(st.Bavail) * size,
-		InodesTotal: int64(st.Files), InodesFree: int64(st.Ffree),
-	}, nil
-}
-
-// SlabUsage implements engine.Meter. Block: what the file has allocated; blocks
-// shared by reflinks count in every file. Tree: what its quota counts, up to 30
-// seconds late; declined without a quota, since walking a large tree takes too
-// long.
+// SlabUsage implements engine.Meter. Tree: what its quota counts, up to 30
+// seconds late; declined without a quota.
 func (e *dirEngine) SlabUsage(ctx context.Context, id string) (engine.Usage, error) {
-	if err := errors.Join(engine.CheckName("slab ID", id), posix.Fault(ctx.Err())); err != nil {
-		return engine.Usage{}, err
+	u, err := e.Directory.SlabUsage(ctx, id)
+	if e.limiter == nil || !errors.Is(err, engine.ErrDeclined) {
+		return u, err
 	}
-	f, slab, err := e.OpenSlab(id)
+	f, _, err := e.OpenSlab(id)
 	if err != nil {
 		return engine.Usage{}, err
 	}
 	defer f.Close()
-	u := engine.Usage{Total: slab.Size}
-	if slab.Kind == engine.Tree {
-		if e.limiter == nil {
-			return engine.Usage{}, engine.ErrDeclined
-		}
-		if u.Used, u.Total, err = e.limiter.usage(f); err != nil {
-			return engine.Usage{}, posix.Fault(err)
-		}
-	} else {
-		var st unix.Stat_t
-		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-			return engine.Usage{}, posix.Fault(&os.PathError{Op: "stat", Path: f.Name(), Err: err})
-		}
-		u.Used = st.Blocks * 512
+	if u.Used, u.Total, err = e.limiter.usage(f); err != nil {
+		return engine.Usage{}, posix.Fault(err)
 	}
 	u.Available = max(0, u.Total-u.Used)
 	return u, nil
 }
+
+// Importable implements engine.Importer, for a file in the domain's folder import/.
+func (e *dirEngine) Importable(ctx context.Context, source string) (engine.Importable, error) {
+	return e.Directory.Importable(ctx, e.host, source)
+}
+
+var (
+	_ engine.Meter    = (*dirEngine)(nil)
+	_ engine.Importer = (*dirEngine)(nil)
+)
 
 // hook makes tree slabs in the best way that was found.
 type hook struct{ e *dirEngine }

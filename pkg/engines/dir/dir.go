@@ -44,17 +44,14 @@ func Open(ctx context.Context, params map[string]string, run host.Runner) (engin
 		return nil, posix.Fault(&os.PathError{Op: "statfs", Path: path, Err: err})
 	}
 	e := &dirEngine{host: host.NewLocal(run)}
-	if e.Directory, err = posix.Open(path, hook{e}); err != nil {
+	if e.Directory, err = posix.Open(path, posix.Options{Trees: hook{e}}); err != nil {
 		return nil, err
 	}
 	e.desc = engine.Description{
-		Kinds:       []engine.Kind{engine.Block, engine.Tree},
-		Granularity: posix.Granularity,
 		MaxSlabSize: maxSlabSize(&st),
-		ZeroedSpace: true,
 		Location:    fmt.Sprintf("%s (%s)", path, fsName(&st)),
 	}
-	posix.DescribeParams(&e.desc)
+	e.Directory.Describe(&e.desc)
 	if err := e.Clean(ctx); errors.Is(err, fault.Exhausted) || ctx.Err() != nil {
 		// A full disk is no reason to stay away: deleting must be possible.
 		e.note("left-overs of earlier processes: not looked for: %v", err)

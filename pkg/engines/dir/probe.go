@@ -19,7 +19,7 @@ func (e *dirEngine) probe(st *unix.Statfs_t) error {
 	btrfs, xfs := int64(st.Type) == unix.BTRFS_SUPER_MAGIC, int64(st.Type) == unix.XFS_SUPER_MAGIC
 	var reflink, subvolume error
 	err := e.Scratch(func(folder *os.File) error {
-		reflink = tryReflink(folder)
+		reflink = posix.TryReflink(folder)
 		if btrfs {
 			subvolume = trySubvolume(folder)
 		}
@@ -53,26 +53,6 @@ func (e *dirEngine) say(what, how string, missing error) {
 	} else {
 		e.note("%s: native: %s", what, how)
 	}
-}
-
-func tryReflink(folder *os.File) error {
-	from, err := os.Create(filepath.Join(folder.Name(), "from"))
-	if err != nil {
-		return err
-	}
-	defer from.Close()
-	if _, err := from.Write(make([]byte, 4096)); err != nil {
-		return err
-	}
-	to, err := os.Create(filepath.Join(folder.Name(), "to"))
-	if err != nil {
-		return err
-	}
-	defer to.Close()
-	if err := unix.IoctlFileClone(int(to.Fd()), int(from.Fd())); err != nil {
-		return fmt.Errorf("the file system has no reflinks: %w", err)
-	}
-	return nil
 }
 
 func trySubvolume(folder *os.File) error {

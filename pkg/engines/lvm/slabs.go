@@ -187,8 +187,8 @@ func (e *lvmEngine) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 
 // AttachSlab implements engine.Engine. The path is the kernel's own, /dev/dm-3:
 // it is there without udev, and no link can point elsewhere.
-func (e *lvmEngine) AttachSlab(ctx context.Context, id string, _ engine.AttachOptions) (engine.Attachment, error) {
-	if err := engine.CheckName("slab ID", id); err != nil {
+func (e *lvmEngine) AttachSlab(ctx context.Context, id string, opts engine.AttachOptions) (engine.Attachment, error) {
+	if err := errors.Join(engine.CheckName("slab ID", id), engine.NoMountOptions(opts)); err != nil {
 		return engine.Attachment{}, err
 	}
 	lv := volume(slabs, id)

@@ -18,7 +18,7 @@ import (
 
 func open(t testing.TB, path string) *Directory {
 	t.Helper()
-	d, err := Open(path, nil)
+	d, err := Open(path, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -206,7 +206,7 @@ func TestCleanRemovesOnlyWhatIsDead(t *testing.T) {
 	f, err := os.Open(held)
 	ok(t, err)
 	defer f.Close()
-	hold(f)
+	d.hold(f)
 	alive = append(alive, held)
 	ok(t, d.Clean(t.Context()))
 	for _, p := range dead {

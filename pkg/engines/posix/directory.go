@@ -4,8 +4,9 @@
 //
 //	slabs/<id>           a file is a block slab; a directory is a tree slab
 //	slabs/<id>/data      what users see of a tree slab
-//	slabs/<id>/spec      its promised size
+//	slabs/<id>/spec      its promised size; spec.<n>: that which took the place of the size n
 //	tags/<class>/<name>  a tag; its class is its name up to the first dot
+//	identity             the storage's random ID, where it was asked for
 //	tmp/                 what is not finished
 //	trash/               tree slabs that are deleted and wait for their removal
 //	reserve/             room for deletions on a full disk
@@ -18,20 +19,19 @@ package posix
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"hash/crc32"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
 
-	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
@@ -64,16 +64,20 @@ type Directory struct {
 	path                    string
 	root                    *os.Root
 	slabs, tags, tmp, trash *os.File
+	folder                  *os.File // the directory itself
+	options                 Options
 	trees                   Trees
 	host                    string   // prefix of this host's names in tmp/
 	classes                 sync.Map // classes of tags that are known to be durable
 	reserve                 reserve
+	made                    []string   // folders that were not there before
+	growing                 sync.Mutex // held to grow a slab on a storage without locks
 }
 
 // Open opens the directory at an absolute path that exists, and makes the
-// folders that are missing. nil for trees: plain directories. fault.Invalid:
+// folders that are missing. fault.Invalid:
 // nothing can be kept there. fault.Unavailable: it is not there now.
-func Open(path string, trees Trees) (*Directory, error) {
+func Open(path string, o Options) (*Directory, error) {
 	root, err := os.OpenRoot(path)
 	if err != nil {
 		return nil, Fault(err)
@@ -85,15 +89,19 @@ func Open(path string, trees Trees) (*Directory, error) {
 	if err != nil {
 		return nil, errors.Join(Fault(err), root.Close())
 	}
-	if trees == nil {
-		trees = plain{}
+	if o.Trees == nil {
+		o.Trees = plain{}
 	}
-	d := &Directory{path: path, root: root, trees: trees,
+	d := &Directory{path: path, root: root, options: o, trees: o.Trees,
 		host: fmt.Sprintf("%08x.", crc32.ChecksumIEEE([]byte(hostname)))}
-	made := false
+	if d.folder, err = root.OpenFile(".", os.O_RDONLY|unix.O_DIRECTORY, 0); err != nil {
+		return nil, errors.Join(Fault(err), d.Close())
+	}
 	for name, f := range map[string]**os.File{"slabs": &d.slabs, "tags": &d.tags, "tmp": &d.tmp, "trash": &d.trash} {
 		err := root.Mkdir(name, 0o700)
-		made = made || err == nil
+		if err == nil {
+			d.made = append(d.made, name)
+		}
 		if err == nil || errors.Is(err, fs.ErrExist) {
 			*f, err = root.OpenFile(name, os.O_RDONLY|unix.O_DIRECTORY, 0)
 		}
@@ -101,12 +109,16 @@ func Open(path string, trees Trees) (*Directory, error) {
 			err = fault.New(fault.Invalid, "%s is not a directory: it cannot hold a domain's %s", filepath.Join(path, name), name)
 		}
 		if err != nil {
-			return nil, errors.Join(Fault(err), d.Close())
+			return nil, errors.Join(Fault(err), d.Unmake(), d.Close())
 		}
 	}
-	if made {
-		if err := d.syncRoot(); err != nil {
-			return nil, errors.Join(Fault(err), d.Close())
+	if d.made != nil {
+		err := d.syncFolder(d.folder)
+		if errors.Is(err, unix.EINVAL) {
+			err = fault.New(fault.Invalid, "%s cannot hold a domain: a folder cannot be made durable: %w", path, err)
+		}
+		if err != nil {
+			return nil, errors.Join(Fault(err), d.Unmake(), d.Close())
 		}
 	}
 	d.reserve.missing.Store(true) // until looked at
@@ -114,23 +126,44 @@ func Open(path string, trees Trees) (*Directory, error) {
 	return d, nil
 }
 
-func (d *Directory) syncRoot() error {
-	f, err := d.root.Open(".")
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
-}
-
 // Close implements engine.Engine.
 func (d *Directory) Close() error {
 	err := d.root.Close()
-	for _, f := range []*os.File{d.slabs, d.tags, d.tmp, d.trash} {
+	for _, f := range []*os.File{d.folder, d.slabs, d.tags, d.tmp, d.trash} {
 		if f != nil {
 			err = errors.Join(err, f.Close())
 		}
 	}
 	return Fault(err)
+}
+
+// Alive asks the storage for a sign of life, and whether the open folders are still its own. A
+// stale one is unix.ESTALE.
+func (d *Directory) Alive() error {
+	for _, f := range []*os.File{d.slabs, d.tags, d.tmp, d.trash} {
+		if _, err := statfs(f); err != nil {
+			return Fault(&os.PathError{Op: "statfs", Path: f.Name(), Err: err})
+		}
+		if _, err := stat(f); err != nil {
+			return Fault(&os.PathError{Op: "stat", Path: f.Name(), Err: err})
+		}
+	}
+	return nil
+}
+
+// Unmake removes what Open has made where nothing was, as long as nothing is in it.
+func (d *Directory) Unmake() error {
+	var errs []error
+	if len(d.made) == 4 { // else the reserve may be another's
+		for i := range reserveFiles {
+			errs = append(errs, d.root.Remove(fmt.Sprintf("reserve/%d", i)))
+		}
+		errs = append(errs, d.root.Remove("reserve"))
+	}
+	for _, name := range d.made {
+		errs = append(errs, d.root.Remove(name))
+	}
+	return Fault(errors.Join(slices.DeleteFunc(errs, func(err error) bool { return errors.Is(err, fs.ErrNotExist) })...))
 }
 
 // Path is where the directory was opened.
@@ -141,14 +174,14 @@ func (d *Directory) Path() string { return d.path }
 func (d *Directory) Clean(ctx context.Context) error {
 	err := d.removeAll(ctx, d.trash, "trash", func(string) bool { return true })
 	now, probe := time.Time{}, d.unique()
-	f, errProbe := openat(d.tmp, probe, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL) // the storage's clock, not ours
+	f, errProbe := create(d.tmp, probe) // the storage's clock, not ours
 	if errProbe != nil {
 		return errors.Join(err, Fault(errProbe))
 	}
 	if info, err := f.Stat(); err == nil {
 		now = info.ModTime()
 	}
-	errProbe = errors.Join(f.Close(), unix.Unlinkat(int(d.tmp.Fd()), probe, 0))
+	errProbe = errors.Join(f.Close(), unlinkat(d.tmp, probe, 0))
 	return errors.Join(err, Fault(errProbe), d.removeAll(ctx, d.tmp, "tmp", func(name string) bool {
 		info, err := d.root.Lstat("tmp/" + name)
 		if err != nil || !strings.HasPrefix(name, d.host) {
@@ -161,31 +194,37 @@ func (d *Directory) Clean(ctx context.Context) error {
 
 // abandoned says whether nobody holds something in tmp/.
 func (d *Directory) abandoned(name string) bool {
-	f, err := openat(d.tmp, name, unix.O_RDONLY|unix.O_NONBLOCK)
+	if d.options.NoLocks {
+		return false
+	}
+	f, err := openat(d.tmp, name, unix.O_RDWR) // NFS 4 locks nothing that is open for reading alone
+	if errors.Is(err, unix.EISDIR) {
+		f, err = openat(d.tmp, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	}
 	if err != nil {
 		return false
 	}
 	defer f.Close() // was only read
-	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+	if flock(f, unix.LOCK_EX|unix.LOCK_NB) != nil {
 		return false
 	}
-	return unix.Flock(int(f.Fd()), unix.LOCK_UN) == nil
+	return flock(f, unix.LOCK_UN) == nil
 }
 
 // hold locks something in tmp/ until release is called. Closing f would not do:
 // a program that is being started at that moment has the file open until its
 // exec, and the next user of the file would find it locked. Where the storage
 // has no locks, its age alone protects it.
-func hold(f *os.File) (release func()) {
-	if unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+func (d *Directory) hold(f *os.File) (release func()) {
+	if d.options.NoLocks || flock(f, unix.LOCK_EX|unix.LOCK_NB) != nil {
 		return func() {}
 	}
-	return func() { _ = unix.Flock(int(f.Fd()), unix.LOCK_UN) } // nothing is lost by a lock that stays a moment longer
+	return func() { _ = flock(f, unix.LOCK_UN) } // nothing is lost by a lock that stays a moment longer
 }
 
 func (d *Directory) removeAll(ctx context.Context, dir *os.File, folder string, dead func(name string) bool) error {
 	var errs []error
-	err := each(ctx, dir, ".", func(_ *os.File, name string) error {
+	err := d.each(ctx, dir, ".", func(_ *os.File, name string) error {
 		if dead(name) {
 			errs = append(errs, d.remove(folder, name))
 		}
@@ -208,117 +247,15 @@ func (d *Directory) remove(folder, name string) error {
 // Scratch lends an empty folder in tmp/, and removes it with all that is in it.
 func (d *Directory) Scratch(do func(folder *os.File) error) error {
 	name := d.unique()
-	if err := unix.Mkdirat(int(d.tmp.Fd()), name, 0o700); err != nil {
-		return Fault(&os.PathError{Op: "mkdir", Path: filepath.Join(d.tmp.Name(), name), Err: err})
+	if err := mkdir(d.tmp, name, 0o700); err != nil {
+		return Fault(err)
 	}
 	folder, err := openat(d.tmp, name, unix.O_RDONLY|unix.O_DIRECTORY)
 	if err == nil {
-		release := hold(folder)
+		release := d.hold(folder)
 		err = do(folder)
 		release()
 		err = errors.Join(err, folder.Close())
 	}
 	return errors.Join(Fault(err), d.remove("tmp", name))
-}
-
-// unique is a name in tmp/ or trash/ that nobody else has.
-func (d *Directory) unique() string { return d.host + rand.Text() }
-
-// place makes a file durable under a name in dir: complete, or not at all. The
-// error is fs.ErrExist when the name is taken.
-func (d *Directory) place(dir *os.File, name string, fill func(*os.File) error) error {
-	err := d.tryPlace(dir, name, fill)
-	if errors.Is(Fault(err), fault.Exhausted) {
-		// What is there already is not left undone for want of room.
-		if unix.Fstatat(int(dir.Fd()), name, new(unix.Stat_t), unix.AT_SYMLINK_NOFOLLOW) == nil {
-			return fs.ErrExist
-		}
-	}
-	return err
-}
-
-func (d *Directory) tryPlace(dir *os.File, name string, fill func(*os.File) error) error {
-	tmp := d.unique()
-	f, err := openat(d.tmp, tmp, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL)
-	if err != nil {
-		return err
-	}
-	release := hold(f)
-	// Each may fail without harm: the file is synced, and what stays in tmp/ is swept.
-	defer func() { release(); f.Close(); unix.Unlinkat(int(d.tmp.Fd()), tmp, 0) }()
-	if err := fill(f); err != nil {
-		return err
-	}
-	if err := f.Sync(); err != nil {
-		return err
-	}
-	if err := unix.Linkat(int(d.tmp.Fd()), tmp, int(dir.Fd()), name, 0); err != nil {
-		return &os.LinkError{Op: "link", Old: filepath.Join("tmp", tmp), New: filepath.Join(dir.Name(), name), Err: err}
-	}
-	return published(dir)
-}
-
-// published makes dir durable after a name was put into it. When that fails the
-// name may or may not survive: never Exhausted, which promises that nothing remains.
-func published(dir *os.File) error {
-	if err := dir.Sync(); err != nil {
-		return fault.New(fault.Unavailable, "whether it was done is unknown: %w", err)
-	}
-	return nil
-}
-
-// openat opens name in dir, never through a symlink, and never waits for a pipe.
-func openat(dir *os.File, name string, flags int) (*os.File, error) {
-	path := filepath.Join(dir.Name(), name)
-	fd, err := unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0o600)
-	if err != nil {
-		return nil, &os.PathError{Op: "open", Path: path, Err: err}
-	}
-	return os.NewFile(uintptr(fd), path), nil
-}
-
-// each calls do for every name in the folder dir/name.
-func each(ctx context.Context, dir *os.File, name string, do func(folder *os.File, name string) error) error {
-	folder, err := openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
-	if err != nil {
-		return err
-	}
-	defer folder.Close()
-	list, err := names(folder)
-	if err != nil {
-		return err
-	}
-	for _, name := range list {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := do(folder, name); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Fault gives a failure of the file system its kind. Errors that have one, nil
-// and engine.ErrDeclined stay as they are.
-func Fault(err error) error {
-	var known *fault.Error
-	var errno unix.Errno
-	if err == nil || errors.As(err, &known) || errors.Is(err, engine.ErrDeclined) {
-		return err
-	}
-	if !errors.As(err, &errno) {
-		return fault.Wrap(fault.KindOf(err), err)
-	}
-	switch errno {
-	case unix.ENOSPC, unix.EDQUOT:
-		return fault.Wrap(fault.Exhausted, err)
-	case unix.EFBIG:
-		return fault.Wrap(fault.OutOfRange, err)
-	case unix.EROFS, unix.EACCES, unix.EPERM:
-		return fault.Wrap(fault.Permission, err)
-	case unix.EINVAL, unix.EBADF, unix.EFAULT, unix.ENAMETOOLONG:
-		return fault.Wrap(fault.Internal, err)
-	}
-	return fault.Wrap(fault.Unavailable, err)
 }

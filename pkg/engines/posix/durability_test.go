@@ -27,7 +27,7 @@ func TestDurabilityOrder(t *testing.T) {
 	}
 	dir := t.TempDir()
 	trace := filepath.Join(t.TempDir(), "trace")
-	cmd := exec.Command(strace, "-f", "-y", "-o", trace, "-e", "trace=mkdirat,openat,write,ftruncate,fsync,linkat,renameat,unlinkat,flock",
+	cmd := exec.Command(strace, "-f", "-y", "-o", trace, "-e", "trace=mkdirat,openat,write,ftruncate,fallocate,fsync,linkat,renameat,unlinkat,flock",
 		os.Args[0], "-test.run=^TestDurabilityOrder$", "-test.count=1")
 	cmd.Env = append(os.Environ(), tracedDirectory+"="+dir)
 	if out, err := cmd.CombinedOutput(); err != nil {
@@ -78,12 +78,12 @@ func tracedVerbs() []verb {
 		{"delete tag again", func(t *testing.T, d *Directory) error { return d.DeleteTag(t.Context(), "i.a.2") }, []string{"fsync tags/i"}},
 		{"block slab", slab("b", engine.Block), []string{"ftruncate tmp/TMP", "fsync tmp/TMP", "linkat tmp TMP slabs b", "fsync slabs", "unlinkat tmp TMP"}},
 		{"block slab after a lost reply", slab("b", engine.Block), []string{"linkat tmp TMP slabs b", "fsync slabs"}},
-		{"grow block slab", resize("b"), []string{"flock slabs/b", "ftruncate slabs/b", "fsync slabs/b"}},
+		{"grow block slab", resize("b"), []string{"flock slabs/b", "fallocate slabs/b", "fsync slabs/b"}},
 		{"delete block slab", remove("b"), []string{"unlinkat slabs b", "fsync slabs"}},
-		{"tree slab", slab("t", engine.Tree), []string{"mkdirat tmp TMP", "mkdirat tmp/TMP data", "fsync tmp/TMP/data", "write tmp/TMP/spec.new",
-			"fsync tmp/TMP/spec.new", "renameat tmp/TMP spec.new tmp/TMP spec", "fsync tmp/TMP", "renameat tmp TMP slabs t", "fsync slabs"}},
-		{"grow tree slab", resize("t"), []string{"flock slabs/t", "write slabs/t/spec.new", "fsync slabs/t/spec.new",
-			"renameat slabs/t spec.new slabs/t spec", "fsync slabs/t"}},
+		{"tree slab", slab("t", engine.Tree), []string{"mkdirat tmp TMP", "mkdirat tmp/TMP data", "fsync tmp/TMP/data", "write tmp/TMP/spec",
+			"fsync tmp/TMP/spec", "fsync tmp/TMP", "renameat tmp TMP slabs t", "fsync slabs"}},
+		{"grow tree slab", resize("t"), []string{"flock slabs/t", "write tmp/TMP", "fsync tmp/TMP",
+			"linkat tmp TMP slabs/t spec.1048576", "fsync slabs/t", "unlinkat tmp TMP"}},
 		{"delete tree slab", remove("t"), []string{"renameat slabs t trash TMP", "fsync slabs", "unlinkat trash TMP"}},
 	}
 }
@@ -93,7 +93,7 @@ const marker = "verb: "
 // callVerbs is the process that is traced. It marks in the trace where a verb
 // begins and ends.
 func callVerbs(t *testing.T, path string) {
-	d, err := Open(path, nil)
+	d, err := Open(path, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -53,15 +53,15 @@ func (d *Directory) OpenImport(source string) (*os.File, unix.Stat_t, error) {
 	case err != nil:
 		return nil, st, Fault(err)
 	}
-	if err := checkImport(f, &st, d.slabs, path); err != nil {
+	if err := d.checkImport(f, &st, path); err != nil {
 		return nil, st, errors.Join(err, f.Close())
 	}
 	return f, st, nil
 }
 
-func checkImport(f *os.File, st *unix.Stat_t, slabs *os.File, path string) error {
+func (d *Directory) checkImport(f *os.File, st *unix.Stat_t, path string) error {
 	var target unix.Stat_t
-	if err := errors.Join(unix.Fstat(int(f.Fd()), st), unix.Fstat(int(slabs.Fd()), &target)); err != nil {
+	if err := errors.Join(unix.Fstat(int(f.Fd()), st), unix.Fstat(int(d.slabs.Fd()), &target)); err != nil {
 		return Fault(err)
 	}
 	switch {
@@ -71,6 +71,9 @@ func checkImport(f *os.File, st *unix.Stat_t, slabs *os.File, path string) error
 		return fault.New(fault.Invalid, "%s is on another file system than the domain's slabs: copy it to the same one", path)
 	case st.Size == 0 || st.Size%Granularity != 0:
 		return fault.New(fault.Invalid, "%s has %d bytes: a multiple of %d is needed, grow it with: truncate --size=%d %s", path, st.Size, Granularity, (st.Size/Granularity+1)*Granularity, path)
+	}
+	if d.options.NoLeases {
+		return nil
 	}
 	// The kernel gives a lease to write to who alone has a file open. Not all file systems have leases.
 	_, err := unix.FcntlInt(f.Fd(), unix.F_SETLEASE, unix.F_WRLCK)
@@ -87,7 +90,7 @@ func checkImport(f *os.File, st *unix.Stat_t, slabs *os.File, path string) error
 // ImportSlab gives a file in import/ a second name, among the slabs: what is deleted there
 // before KeepSlab is still here.
 func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.SlabSpec) error {
-	size, err := check(ctx, spec)
+	size, err := d.check(ctx, spec)
 	if err != nil {
 		return err
 	}
@@ -104,19 +107,19 @@ func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.S
 		return fault.New(fault.Conflict, "%s has %d bytes, not %d as when it was looked at", f.Name(), st.Size, size)
 	case st.Nlink > 1:
 		if d.isSlab(spec.ID, &st) {
-			return Fault(published(d.slabs)) // it was done before
+			return Fault(d.published(d.slabs)) // it was done before
 		}
 		return fault.New(fault.InUse, "%s has another name, too (%d hard links): remove that first, or copy the file", f.Name(), st.Nlink)
 	}
 	if err := f.Sync(); err != nil {
 		return Fault(err)
 	}
-	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), int(d.slabs.Fd()), spec.ID, unix.AT_SYMLINK_FOLLOW)
+	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), int(d.slabs.Fd()), d.onDisk(spec.ID), unix.AT_SYMLINK_FOLLOW)
 	if errors.Is(err, unix.EEXIST) {
 		return fault.New(fault.Exists, "slab %q exists and is not %s", spec.ID, f.Name())
 	}
 	if err != nil {
-		return Fault(&os.LinkError{Op: "link", Old: f.Name(), New: filepath.Join(d.slabs.Name(), spec.ID), Err: err})
+		return Fault(&os.LinkError{Op: "link", Old: f.Name(), New: filepath.Join(d.slabs.Name(), d.onDisk(spec.ID)), Err: err})
 	}
 	// Another import of the file may have come between: then both see it, and neither goes on.
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
@@ -124,15 +127,14 @@ func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.S
 	}
 	if st.Nlink != 2 {
 		err := fault.New(fault.InUse, "%s has got another name meanwhile (%d hard links): is it being imported twice?", f.Name(), st.Nlink)
-		return errors.Join(err, Fault(unix.Unlinkat(int(d.slabs.Fd()), spec.ID, 0)), Fault(d.slabs.Sync()))
+		return errors.Join(err, Fault(unlinkat(d.slabs, d.onDisk(spec.ID), 0)), Fault(d.syncFolder(d.slabs)))
 	}
-	return Fault(published(d.slabs))
+	return Fault(d.published(d.slabs))
 }
 
 // isSlab says whether a slab is that very file.
 func (d *Directory) isSlab(id string, file *unix.Stat_t) bool {
-	var slab unix.Stat_t
-	err := unix.Fstatat(int(d.slabs.Fd()), id, &slab, unix.AT_SYMLINK_NOFOLLOW)
+	slab, err := statat(d.slabs, d.onDisk(id))
 	return err == nil && slab.Dev == file.Dev && slab.Ino == file.Ino
 }
 
@@ -157,19 +159,21 @@ func (d *Directory) KeepSlab(_ context.Context, source, id string) error {
 		return Fault(err)
 	}
 	defer folder.Close()
-	var st unix.Stat_t
-	err = unix.Fstatat(int(folder.Fd()), source, &st, unix.AT_SYMLINK_NOFOLLOW)
+	st, err := statat(folder, source)
 	if errors.Is(err, unix.ENOENT) || err == nil && !d.isSlab(id, &st) { // done before; and perhaps another file has the name now
-		return Fault(folder.Sync())
+		return Fault(d.syncFolder(folder))
 	}
 	if err == nil {
-		err = errors.Join(slab.Chmod(0o600), slab.Chown(os.Geteuid(), os.Getegid()), slab.Sync())
+		if !d.options.NoOwner {
+			err = errors.Join(slab.Chmod(0o600), slab.Chown(os.Geteuid(), os.Getegid()))
+		}
+		err = errors.Join(err, slab.Sync())
 	}
 	if err == nil {
-		err = unix.Unlinkat(int(folder.Fd()), source, 0)
+		err = unlinkat(folder, source, 0)
 	}
 	if err != nil {
 		return Fault(&os.PathError{Op: "import", Path: filepath.Join(folder.Name(), source), Err: err})
 	}
-	return Fault(folder.Sync())
+	return Fault(d.syncFolder(folder))
 }

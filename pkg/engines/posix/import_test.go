@@ -20,7 +20,7 @@ import (
 func importing(t *testing.T) (d *Directory, put func(name string, size int64) string) {
 	t.Helper()
 	root := t.TempDir()
-	d, err := Open(root, nil)
+	d, err := Open(root, Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

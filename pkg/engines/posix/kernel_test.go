@@ -14,7 +14,7 @@ import (
 // TestTheKernelsFileSystemsAreRefused for good: trying again would never help.
 func TestTheKernelsFileSystemsAreRefused(t *testing.T) {
 	for path, name := range map[string]string{"/proc": "proc", "/proc/self/task": "proc", "/sys": "sysfs"} {
-		_, err := Open(path, nil)
+		_, err := Open(path, Options{})
 		fails(t, err, fault.Invalid)
 		for _, say := range []string{"params.path", path + " ", name} {
 			if !strings.Contains(err.Error(), say) {
@@ -31,7 +31,7 @@ func TestControlGroupsAreNotMade(t *testing.T) {
 		t.Skipf("control groups cannot be mounted: %v", err)
 	}
 	t.Cleanup(func() { ok(t, unix.Unmount(path, unix.MNT_DETACH)) })
-	_, err := Open(path, nil)
+	_, err := Open(path, Options{})
 	fails(t, err, fault.Invalid)
 	for _, name := range []string{"slabs", "tags", "tmp", "trash"} {
 		if _, err := os.Lstat(filepath.Join(path, name)); !os.IsNotExist(err) {
@@ -45,7 +45,7 @@ func TestControlGroupsAreNotMade(t *testing.T) {
 // one whose storage took it away, which answers mkdir as /proc does.
 func TestADirectoryThatIsGoneForNowIsTriedAgain(t *testing.T) {
 	dir := t.TempDir()
-	_, err := Open(filepath.Join(dir, "not-mounted"), nil)
+	_, err := Open(filepath.Join(dir, "not-mounted"), Options{})
 	fails(t, err, fault.Unavailable)
 
 	if os.Geteuid() != 0 {
@@ -57,6 +57,6 @@ func TestADirectoryThatIsGoneForNowIsTriedAgain(t *testing.T) {
 	ok(t, unix.Mount(removed, path, "", unix.MS_BIND, ""))
 	t.Cleanup(func() { ok(t, unix.Unmount(path, unix.MNT_DETACH)) })
 	ok(t, os.Remove(removed))
-	_, err = Open(path, nil)
+	_, err = Open(path, Options{})
 	fails(t, err, fault.Unavailable)
 }

@@ -2,9 +2,9 @@ package posix
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 	"os"
+	"strconv"
 	"sync"
 	"sync/atomic"
 
@@ -59,7 +59,7 @@ func (d *Directory) giveUp() bool {
 		return false
 	}
 	d.reserve.missing.Store(true)
-	if err := unix.Unlinkat(int(folder.Fd()), names[0], 0); err != nil && err != unix.ENOENT {
+	if err := unlinkat(folder, names[0], 0); err != nil && err != unix.ENOENT {
 		return false
 	}
 	_ = folder.Sync() // ext4 frees blocks when its journal commits; else the next try finds out
@@ -73,8 +73,8 @@ func (d *Directory) keepReserve() {
 		return
 	}
 	defer d.reserve.mu.Unlock()
-	var st unix.Statfs_t
-	if err := unix.Fstatfs(int(d.slabs.Fd()), &st); err != nil {
+	st, err := statfs(d.slabs)
+	if err != nil {
 		return
 	}
 	unit := uint64(st.Bsize)
@@ -84,8 +84,13 @@ func (d *Directory) keepReserve() {
 	if err := d.root.Mkdir("reserve", 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 		return
 	}
+	folder, err := d.root.OpenFile("reserve", os.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return
+	}
+	defer folder.Close()
 	for i := range reserveFiles {
-		if !d.makeReserve(fmt.Sprintf("reserve/%d", i)) {
+		if !d.makeReserve(folder, strconv.Itoa(i)) {
 			return
 		}
 	}
@@ -93,19 +98,21 @@ func (d *Directory) keepReserve() {
 }
 
 // makeReserve makes one file whose blocks are allocated, and says whether it is there.
-func (d *Directory) makeReserve(name string) bool {
-	f, err := d.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+func (d *Directory) makeReserve(folder *os.File, name string) bool {
+	f, err := openat(folder, name, unix.O_WRONLY|unix.O_CREAT|unix.O_EXCL)
 	if errors.Is(err, fs.ErrExist) {
 		return true
 	} else if err != nil {
 		return false
 	}
-	err = unix.Fallocate(int(f.Fd()), 0, 0, reserveUnit)
+	err = uninterrupted(func() error { return unix.Fallocate(int(f.Fd()), 0, 0, reserveUnit) })
 	if errors.Is(err, unix.EOPNOTSUPP) {
-		_, err = f.Write(make([]byte, reserveUnit))
+		if err = d.pastCache(f); err == nil {
+			_, err = f.Write(make([]byte, reserveUnit))
+		}
 	}
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		_ = d.root.Remove(name) // half of one is as good as none
+		_ = unlinkat(folder, name, 0) // half of one is as good as none
 		return false
 	}
 	return true

@@ -32,12 +32,12 @@ func (d *Directory) CreateTag(ctx context.Context, tag engine.Tag) error {
 	defer class.Close()
 	content := encodeTag(tag)
 	err = d.roomy(func() error {
-		return d.place(class, tag.Name, func(f *os.File) error { _, err := f.Write(content); return err })
+		return d.place(class, d.onDisk(tag.Name), func(f *os.File) error { _, err := f.Write(content); return err })
 	})
 	if !errors.Is(err, fs.ErrExist) {
 		return Fault(err)
 	}
-	have, err := readTag(class, tag.Name, new(tagBuffer))
+	have, err := d.readTag(class, tag.Name, new(tagBuffer))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		return fault.New(fault.Exists, "tag %q was taken, and was deleted meanwhile", tag.Name)
@@ -48,7 +48,7 @@ func (d *Directory) CreateTag(ctx context.Context, tag engine.Tag) error {
 	case have.Slab != tag.Slab || !bytes.Equal(have.Record, tag.Record):
 		return fault.New(fault.Exists, "tag %q is taken by another record", tag.Name)
 	}
-	return Fault(published(class)) // a lost reply; whoever made it may have stopped before this
+	return Fault(d.published(class)) // a lost reply; whoever made it may have stopped before this
 }
 
 // DeleteTag implements engine.Engine.
@@ -64,9 +64,9 @@ func (d *Directory) DeleteTag(ctx context.Context, name string) error {
 	}
 	defer class.Close()
 	defer d.keepReserve()
-	switch err := d.roomy(func() error { return unix.Unlinkat(int(class.Fd()), name, 0) }); err {
+	switch err := d.roomy(func() error { return unlinkat(class, d.onDisk(name), 0) }); err {
 	case nil, unix.ENOENT: // gone, but perhaps by someone who stopped before it was durable
-		return Fault(class.Sync())
+		return Fault(d.syncFolder(class))
 	case unix.EISDIR:
 		return fault.New(fault.Corrupt, "tag %q was replaced by a directory: look at %s and remove it by hand", name, class.Name())
 	default:
@@ -82,9 +82,9 @@ func (d *Directory) ListTags(ctx context.Context, prefix string) ([]engine.Tag, 
 	var tags []engine.Tag
 	list := func(class string) error {
 		var names []string
-		err := each(ctx, d.tags, class, func(_ *os.File, name string) error {
+		err := d.each(ctx, d.tags, d.onDisk(class), func(_ *os.File, name string) error {
 			// What else is there is no tag, and no tag can take its name.
-			if strings.HasPrefix(name, prefix) && engine.CheckName("tag name", name) == nil && classOf(name) == class {
+			if name, ours := d.offDisk(name); ours && strings.HasPrefix(name, prefix) && engine.CheckName("tag name", name) == nil && classOf(name) == class {
 				names = append(names, name)
 			}
 			return nil
@@ -105,8 +105,9 @@ func (d *Directory) ListTags(ctx context.Context, prefix string) ([]engine.Tag, 
 		}
 		return nil, nil
 	}
-	return tags, Fault(each(ctx, d.tags, ".", func(_ *os.File, class string) error {
-		if !strings.HasPrefix(class, prefix) || engine.CheckName("class", class) != nil {
+	return tags, Fault(d.each(ctx, d.tags, ".", func(_ *os.File, class string) error {
+		class, ours := d.offDisk(class)
+		if !ours || !strings.HasPrefix(class, prefix) || engine.CheckName("class", class) != nil {
 			return nil
 		}
 		return list(class)
@@ -116,7 +117,7 @@ func (d *Directory) ListTags(ctx context.Context, prefix string) ([]engine.Tag, 
 // readTags reads tags of one class, many at once when there are many; those
 // deleted meanwhile are left out.
 func (d *Directory) readTags(ctx context.Context, class string, names []string) ([]engine.Tag, error) {
-	folder, err := openat(d.tags, class, unix.O_RDONLY|unix.O_DIRECTORY)
+	folder, err := openat(d.tags, d.onDisk(class), unix.O_RDONLY|unix.O_DIRECTORY)
 	if err != nil {
 		return nil, err
 	}
@@ -128,7 +129,7 @@ func (d *Directory) readTags(ctx context.Context, class string, names []string) 
 		g.Go(func() error {
 			var buf tagBuffer
 			for i := r; i < len(names); i += readers {
-				tag, err := readTag(folder, names[i], &buf)
+				tag, err := d.readTag(folder, names[i], &buf)
 				switch {
 				case err == nil:
 					tags[i] = tag
@@ -156,15 +157,15 @@ func classOf(name string) string {
 func (d *Directory) class(name string, create bool) (*os.File, error) {
 	class := classOf(name)
 	if _, durable := d.classes.Load(class); create && !durable {
-		if err := unix.Mkdirat(int(d.tags.Fd()), class, 0o700); err != nil && err != unix.EEXIST {
-			return nil, &os.PathError{Op: "mkdir", Path: d.tags.Name() + "/" + class, Err: err}
+		if err := mkdir(d.tags, d.onDisk(class), 0o700); err != nil {
+			return nil, err
 		}
-		if err := d.tags.Sync(); err != nil {
+		if err := d.syncFolder(d.tags); err != nil {
 			return nil, err
 		}
 		d.classes.Store(class, nil)
 	}
-	f, err := openat(d.tags, class, unix.O_RDONLY|unix.O_DIRECTORY)
+	f, err := openat(d.tags, d.onDisk(class), unix.O_RDONLY|unix.O_DIRECTORY)
 	if errors.Is(err, fs.ErrNotExist) {
 		d.classes.Delete(class) // removed from outside: the next creation makes it again
 	}
@@ -192,13 +193,14 @@ func tagSum(name, slab string, record []byte) uint32 {
 
 // readTag reads a tag's file. One that does not hold what encodeTag wrote, or
 // that the disk cannot read, gives a tag with a nil Record and an empty Slab.
-func readTag(dir *os.File, name string, buf *tagBuffer) (engine.Tag, error) {
+func (d *Directory) readTag(dir *os.File, name string, buf *tagBuffer) (engine.Tag, error) {
 	bad := engine.Tag{Name: name}
-	fd, err := unix.Openat(int(dir.Fd()), name, unix.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	fd, err := descriptor(dir, d.onDisk(name), unix.O_RDONLY)
 	if err == nil {
 		defer unix.Close(fd)
 		var n int
-		if n, err = unix.Read(fd, buf[:]); err == nil {
+		err = uninterrupted(func() (err error) { n, err = unix.Read(fd, buf[:]); return err })
+		if err == nil {
 			return decodeTag(name, buf[:n]), nil
 		}
 	}

@@ -35,7 +35,7 @@ func inside(ctx context.Context, o options) error {
 		return err
 	}
 	fmt.Printf("kernel %s, disks of %s, images of %d MiB, chunks of %d KiB, direct I/O, %d rounds, timed measurements of %s\n",
-		strings.TrimSpace(string(kernel)), latency, size/mib, o.chunk/kib, o.rounds, o.time)
+		strings.TrimSpace(string(kernel)), rig.Latency, size/mib, o.chunk/kib, o.rounds, o.time)
 	for _, storage := range []struct {
 		name string
 		make func(context.Context, options) (family, error)
@@ -106,7 +106,7 @@ func onFiles(ctx context.Context, o options) (family, error) {
 
 func onVolumes(ctx context.Context, o options) (family, error) {
 	f := family{name: "logical volumes, bare: a logical volume"}
-	dev, err := disk(ctx, "nullb1", 32<<30)
+	dev, err := rig.Disk(ctx, "nullb1", 32<<30, 512)
 	if err != nil {
 		return f, err
 	}
@@ -207,7 +207,7 @@ func (f family) measure(ctx context.Context, o options, round int, r *results) e
 			}
 		}
 	}
-	rates, err := fio(ctx, sections)
+	rates, err := rig.Fio(ctx, sections)
 	if err != nil {
 		return err
 	}

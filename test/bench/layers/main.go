@@ -9,14 +9,10 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"fmt"
-	"io"
 	"os"
-	"os/exec"
 	"os/signal"
-	"path/filepath"
 	"strconv"
 	"strings"
 	"time"
@@ -24,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/layer"
+	"github.com/quarry-csi/quarry/test/bench/rig"
 )
 
 // options are those of one run.
@@ -75,7 +72,9 @@ func main() {
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
 	defer stop()
-	run := func() error { return outside(ctx, *lab) }
+	run := func() error {
+		return rig.InLab(ctx, *lab, []string{"--virtual-time", "--time", "14400", "--memory", "7168", "--no-scratch"}, os.Args[1:])
+	}
 	if os.Getenv("QUARRY_LAB") == "1" {
 		run = func() error { return inside(ctx, o) }
 	}
@@ -95,45 +94,4 @@ func numbers[T int | int64](text string) ([]T, error) {
 		out = append(out, T(n))
 	}
 	return out, nil
-}
-
-// outside runs this program in the lab.
-func outside(ctx context.Context, lab string) (err error) {
-	self, clean, err := visible()
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, clean()) }()
-	args := []string{"--virtual-time", "--time", "14400", "--memory", "7168", "--no-scratch", "--", self}
-	cmd := exec.CommandContext(ctx, lab, append(args, os.Args[1:]...)...)
-	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) } // it takes its machine down
-	return cmd.Run()
-}
-
-// visible copies this program to where the guest sees it: not to /dev/shm, where
-// go run may have put it.
-func visible() (path string, clean func() error, err error) {
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		return "", nil, err
-	}
-	dir := filepath.Join(cache, "quarry", "lab")
-	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return "", nil, err
-	}
-	to, err := os.CreateTemp(dir, "bench.")
-	if err != nil {
-		return "", nil, err
-	}
-	clean = func() error { return os.Remove(to.Name()) }
-	from, err := os.Open("/proc/self/exe")
-	if err == nil {
-		_, err = io.Copy(to, from)
-		err = errors.Join(err, to.Chmod(0o755), from.Close())
-	}
-	if err = errors.Join(err, to.Close()); err != nil {
-		return "", nil, errors.Join(err, clean())
-	}
-	return to.Name(), clean, nil
 }
