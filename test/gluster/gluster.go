@@ -122,6 +122,12 @@ func (s *Server) plug(t testing.TB) {
 	for n := first; n < first+many; n++ {
 		s.link = fmt.Sprintf("quarry-gl%d", n)
 		if _, last = here(t.Context(), "ip", "link", "add", s.link, "type", "veth", "peer", "name", "eth0", "netns", strconv.Itoa(s.init)); last == nil {
+			// The kernel takes down the network of a namespace some time after that has gone: the cable goes first.
+			t.Cleanup(func() {
+				if _, err := here(context.WithoutCancel(t.Context()), "ip", "link", "delete", s.link); err != nil {
+					t.Errorf("the cable %s: %v", s.link, err)
+				}
+			})
 			s.Address, s.Nowhere = fmt.Sprintf("198.18.%d.2", n), fmt.Sprintf("198.18.%d.9", n)
 			run(t, "ip", "addr", "add", fmt.Sprintf("198.18.%d.1/24", n), "dev", s.link)
 			run(t, "ip", "link", "set", s.link, "up")
