@@ -20,7 +20,7 @@ const (
 	Btrfs = "btrfs"
 )
 
-// toolTimeout bounds mkfs, fsck and resize of very large images.
+// toolTimeout is how long mkfs, fsck and resize of very large images are waited for.
 const toolTimeout = time.Hour
 
 // MinimumSize is the smallest device in bytes that a filesystem is made on.
@@ -80,14 +80,20 @@ func (l *Local) Format(ctx context.Context, device, fsType string, size int64) e
 	return l.SyncDevice(ctx, device)
 }
 
+// finishing is a program of those that rewrite in several steps what a filesystem is found by: e2fsprogs write
+// an ext4's superblock in pieces, and it is no filesystem any more when they are killed between two.
+func finishing(name string, args ...string) Command {
+	return Command{Name: name, Args: args, Finish: true}
+}
+
 // tool is a program that changes a device's filesystem.
 type tool struct {
 	command string
-	hangs   bool // it was left behind
+	hangs   bool // it was killed and left behind
 }
 
 // tool runs a program that changes the filesystem on a device: one at a time,
-// and none while an earlier one that could not be killed still may. fault.Pending then.
+// and none while an earlier one that could not be killed, or is to finish, still may. fault.Pending then.
 func (l *Local) tool(ctx context.Context, device string, c Command) (Result, error) {
 	c.Timeout = toolTimeout
 	l.mu.Lock()
@@ -113,7 +119,7 @@ func (l *Local) tool(ctx context.Context, device string, c Command) (Result, err
 		return res, err
 	}
 	l.mu.Lock()
-	t.hangs = true
+	t.hangs = !c.Finish
 	l.mu.Unlock()
 	go func() {
 		<-hang.Ended
@@ -122,6 +128,12 @@ func (l *Local) tool(ctx context.Context, device string, c Command) (Result, err
 	return res, err
 }
 
+// The bits of the status of fsck(8).
+const (
+	fsckCorrected   = 1
+	fsckUncorrected = 4
+)
+
 // Check repairs an unmounted filesystem before it is mounted for writing, as
 // the kubelet does: small things automatically; what needs a person is
 // fault.Corrupt. note is for the log. xfs and btrfs check themselves when mounted.
@@ -129,17 +141,16 @@ func (l *Local) Check(ctx context.Context, device, fsType string) (note string, 
 	if fsType != Ext4 {
 		return "", nil
 	}
-	res, err := l.tool(ctx, device, Command{Name: "fsck.ext4", Args: []string{"-a", device}})
+	res, err := l.tool(ctx, device, finishing("fsck.ext4", "-a", device))
 	var exit *ExitError
 	if !errors.As(err, &exit) {
 		return "", err
 	}
 	said := strings.TrimSpace(string(res.Stdout) + string(res.Stderr))
-	const corrected, uncorrected = 1, 4 // fsck(8)
 	switch {
-	case exit.Result.ExitCode&uncorrected != 0:
+	case exit.Result.ExitCode&fsckUncorrected != 0:
 		return "", fault.New(fault.Corrupt, "fsck found errors on %s that it does not repair by itself: run \"e2fsck -f\" on it, or restore a snapshot: %s", device, said)
-	case exit.Result.ExitCode == corrected:
+	case exit.Result.ExitCode == fsckCorrected:
 		return "fsck repaired " + device + ": " + said, nil
 	}
 	return "fsck of " + device + " could not finish, the mount decides: " + said, nil
@@ -162,16 +173,19 @@ func (l *Local) GrowsOnline(fsType string) bool {
 // GrowUnmounted lets an ext4 that is not mounted fill its device, after the
 // full check that resize2fs insists on.
 func (l *Local) GrowUnmounted(ctx context.Context, device string) error {
-	_, err := l.tool(ctx, device, Command{Name: "e2fsck", Args: []string{"-f", "-p", device}})
+	_, err := l.tool(ctx, device, finishing("e2fsck", "-f", "-p", device))
 	var exit *ExitError
 	if errors.As(err, &exit) {
-		if exit.Result.ExitCode != 1 { // errors corrected
+		switch code := exit.Result.ExitCode; {
+		case code&fsckUncorrected != 0:
 			return fault.New(fault.Corrupt, "ext4 on %s cannot be grown before it was repaired: %w", device, err)
+		case code != fsckCorrected:
+			return fault.New(fault.Unavailable, "check ext4 on %s: %w", device, err)
 		}
 	} else if err != nil {
 		return err
 	}
-	_, err = l.tool(ctx, device, Command{Name: "resize2fs", Args: []string{device}})
+	_, err = l.tool(ctx, device, finishing("resize2fs", device))
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "grow ext4 on %s: %w", device, err)
 	}
@@ -228,7 +242,7 @@ func (l *Local) separateBtrfs(ctx context.Context, sysfs, device, uuid string, r
 	if sb.Dirty { // btrfstune would make the log unreadable
 		return fault.New(fault.Unsupported, why+", and cannot get another one before its log was replayed: Linux 6.7 or newer is needed, or a node that does not use its relatives", device, uuid)
 	}
-	_, err = l.tool(ctx, device, Command{Name: "btrfstune", Args: []string{"-m", device}})
+	_, err = l.tool(ctx, device, finishing("btrfstune", "-m", device))
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "give the btrfs on %s an ID of its own: %w", device, err)

@@ -28,6 +28,9 @@ type Command struct {
 	Args    []string
 	Stdin   io.Reader
 	Timeout time.Duration // 0: DefaultTimeout
+	// Finish: once begun it is never killed, neither by its caller nor with this process: done by half is worse
+	// than not done. It has no Stdin, and a device that it holds exclusively, so that nobody works beside it.
+	Finish bool
 }
 
 // String renders the command line, for messages.
@@ -58,8 +61,8 @@ func (e *ExitError) Error() string {
 	return fmt.Sprintf("%s: exit status %d: %s", e.Command, e.Result.ExitCode, said)
 }
 
-// HangError is a program that was killed and has not ended: it sleeps in the
-// kernel, where no signal reaches it, until its storage answers.
+// HangError is a program that nobody waits for any more and that has not ended. One that was killed sleeps in
+// the kernel, where no signal reaches it, until its storage answers; one that is to finish does.
 type HangError struct {
 	Command Command
 	Ended   <-chan struct{} // closed when it has ended after all
@@ -68,6 +71,9 @@ type HangError struct {
 
 // Error says it.
 func (e *HangError) Error() string {
+	if e.Command.Finish {
+		return fmt.Sprintf("%s: %v; it goes on", e.Command, e.err)
+	}
 	return fmt.Sprintf("%s: %v; it was killed and still hangs: its storage does not answer", e.Command, e.err)
 }
 
@@ -107,6 +113,9 @@ func (Exec) Run(ctx context.Context, c Command) (Result, error) {
 	select {
 	case <-p.ended:
 	case <-ctx.Done():
+		if c.Finish {
+			return Result{}, fault.New(fault.KindOf(ctx.Err()), "%w", &HangError{Command: c, Ended: p.ended, err: ctx.Err()})
+		}
 		_ = syscall.Kill(-p.process.Pid, syscall.SIGKILL) // ESRCH: it has ended just now
 		patience := time.NewTimer(killPatience + outputDelay)
 		defer patience.Stop()
@@ -144,12 +153,18 @@ type running struct {
 // begin starts a program.
 func begin(c Command) (*running, error) {
 	p := &running{ended: make(chan struct{})}
-	stdout, err := newOutput(&p.stdout)
+	said := newOutput
+	// It dies with this process, rather than work beside its successor.
+	death := syscall.SIGKILL
+	if c.Finish {
+		said, death = newKeptOutput, 0
+	}
+	stdout, err := said(&p.stdout)
 	if err != nil {
 		return nil, err
 	}
 	defer stdout.theirs.Close()
-	stderr, err := newOutput(&p.stderr)
+	stderr, err := said(&p.stderr)
 	if err != nil {
 		return nil, err
 	}
@@ -161,8 +176,8 @@ func begin(c Command) (*running, error) {
 		}
 		defer input.Close()
 	}
-	// It dies with this process, rather than work beside its successor.
-	if p.process, err = startProgram(c.Name, c.Args, []*os.File{input, stdout.theirs, stderr.theirs}, &syscall.SysProcAttr{Setpgid: true, Pdeathsig: syscall.SIGKILL}); err != nil {
+	sys := &syscall.SysProcAttr{Setpgid: true, Pdeathsig: death}
+	if p.process, err = startProgram(c.Name, c.Args, []*os.File{input, stdout.theirs, stderr.theirs}, sys); err != nil {
 		if ours != nil {
 			err = errors.Join(err, ours.Close())
 		}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -58,4 +59,64 @@ func TestAProgramThatCannotBeKilledIsNotStartedBesideItself(t *testing.T) {
 	if err := grow(t.Context()); err != nil || starts() != 2 {
 		t.Fatalf("afterwards: %v, %d started", err, starts())
 	}
+}
+
+// slowTool is a command that begins, says something where it is told to, and writes a file of that name at its end.
+func slowTool(dir string) Command {
+	const script = `echo begun >"$1/begun"; while [ ! -e "$1/go" ]; do sleep 0.01; done; echo said; echo said >&2; : >"$1/done"`
+	return finishing("sh", "-c", script, "sh", dir)
+}
+
+func TestAToolThatIsToFinishOutlastsItsCaller(t *testing.T) {
+	dir, l := t.TempDir(), NewLocal(Exec{})
+	in := func(name string) string { return filepath.Join(dir, name) }
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { _, err := l.tool(ctx, "/dev/x", slowTool(dir)); ended <- err }()
+	until(t, "it begins", func() bool { return exists(in("begun")) })
+	cancel()
+	err := within(t, "who waits no longer", func() error { return <-ended })
+	if !errors.Is(err, fault.Canceled) || !contains(err, "it goes on") {
+		t.Fatal(err)
+	}
+	if _, err := l.tool(t.Context(), "/dev/x", slowTool(dir)); !errors.Is(err, fault.Pending) || !contains(err, "still runs") || l.Abandoned() != 0 {
+		t.Fatalf("beside it: %v, %d abandoned", err, l.Abandoned())
+	}
+	if err := os.WriteFile(in("go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it finishes", func() bool { return exists(in("done")) })
+	var res Result
+	until(t, "it is forgotten", func() bool {
+		res, err = l.tool(t.Context(), "/dev/x", slowTool(dir))
+		return !errors.Is(err, fault.Pending)
+	})
+	if err != nil || string(res.Stdout) != "said\n" || string(res.Stderr) != "said\n" {
+		t.Fatalf("one that is waited for: %+v %v", res, err)
+	}
+}
+
+// A check of a filesystem that is cut short can leave one that nobody finds any more.
+func TestAToolThatIsToFinishOutlastsItsProcess(t *testing.T) {
+	const where = "QUARRY_TEST_TOOL"
+	if dir := os.Getenv(where); dir != "" {
+		_, err := NewLocal(Exec{}).tool(t.Context(), "/dev/x", slowTool(dir))
+		t.Fatalf("it was to be killed: %v", err)
+	}
+	dir := t.TempDir()
+	in := func(name string) string { return filepath.Join(dir, name) }
+	c := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
+	c.Env = append(os.Environ(), where+"="+dir)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it begins", func() bool { return exists(in("begun")) })
+	if err := c.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = c.Wait()
+	if err := os.WriteFile(in("go"), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it finishes", func() bool { return exists(in("done")) })
 }

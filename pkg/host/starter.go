@@ -197,36 +197,54 @@ func startProgram(name string, args []string, files []*os.File, sys *syscall.Sys
 // outputDelay is for pipes that a grandchild holds open after a program has ended.
 const outputDelay = time.Second
 
-// output is a pipe for what a program says.
+// output takes what a program says.
 type output struct {
 	theirs *os.File // the end for the program; to be closed when that was started
-	ours   *os.File
-	done   chan struct{}
-	err    error
+	// rest waits for what is still to be said once the program has ended. exec.ErrWaitDelay: another process holds
+	// the end open; nothing is copied any more.
+	rest func() error
 }
 
-// newOutput makes one that is copied to w until its other end is closed.
+// newOutput makes one, a pipe, that is copied to w until its other end is closed.
 func newOutput(w io.Writer) (*output, error) {
 	ours, theirs, err := os.Pipe()
 	if err != nil {
 		return nil, err
 	}
-	o := &output{theirs: theirs, ours: ours, done: make(chan struct{})}
+	copied := make(chan error, 1)
 	go func() {
-		defer close(o.done)
 		_, err := io.Copy(w, ours)
-		o.err = errors.Join(err, ours.Close())
+		copied <- errors.Join(err, ours.Close())
 	}()
-	return o, nil
+	return &output{theirs: theirs, rest: func() error {
+		_ = ours.SetReadDeadline(time.Now().Add(outputDelay)) // os.ErrClosed: everything was said
+		err := <-copied
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			return exec.ErrWaitDelay
+		}
+		return err
+	}}, nil
 }
 
-// rest waits for what is still to be said once the program has ended. exec.ErrWaitDelay: another process holds
-// the pipe open; nothing is copied any more.
-func (o *output) rest() error {
-	_ = o.ours.SetReadDeadline(time.Now().Add(outputDelay)) // os.ErrClosed: everything was said
-	<-o.done
-	if errors.Is(o.err, os.ErrDeadlineExceeded) {
-		return exec.ErrWaitDelay
+// newKeptOutput makes one, a file in memory, that is copied to w when the program has ended: what a program says
+// when this process is gone does not end it, as a pipe that nobody reads does.
+func newKeptOutput(w io.Writer) (*output, error) {
+	const name = "output of a program"
+	fd, err := unix.MemfdCreate(name, unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, ioError("make", name, err)
 	}
-	return o.err
+	theirs := os.NewFile(uintptr(fd), name)
+	again, err := unix.FcntlInt(theirs.Fd(), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return nil, errors.Join(ioError("open", name, err), theirs.Close())
+	}
+	ours := os.NewFile(uintptr(again), name)
+	return &output{theirs: theirs, rest: func() error {
+		_, err := io.Copy(w, io.NewSectionReader(ours, 0, mostSaid))
+		return errors.Join(err, ours.Close())
+	}}, nil
 }
+
+// mostSaid of a file of output is read, in bytes.
+const mostSaid = 1 << 20

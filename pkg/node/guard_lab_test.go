@@ -191,7 +191,8 @@ func (e *entries) check(w *world) {
 
 func (w *world) until(what string, is func() bool) {
 	w.t.Helper()
-	for end := time.Now().Add(2 * time.Minute); !is(); time.Sleep(20 * time.Millisecond) {
+	// Where storage is slow, one breath may not be enough for a single write.
+	for end := time.Now().Add(30 * breathEvery); !is(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(end) {
 			w.t.Fatalf("never %s", what)
 		}

@@ -284,10 +284,8 @@ func (w *writer) failed() error {
 func (f far) nothingIsLeft(r *rig, of ...*volume) {
 	r.t.Helper()
 	r.eventually("all to be gone", func() error {
-		for _, i := range ask[[]admin.Image](r, "images") {
-			if i.State != "deleting" {
-				return fmt.Errorf("image %+v", i)
-			}
+		if err := slabsGone(r); err != nil {
+			return err
 		}
 		if left := f.left(r.t); len(left) > 0 {
 			return fmt.Errorf("files %q", left)
