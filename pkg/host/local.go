@@ -70,7 +70,16 @@ func (l *Local) Usage(ctx context.Context, path string) (Usage, error) {
 	if err != nil {
 		return Usage{}, err
 	}
-	block := int64(st.Bsize) // 32 bits on some architectures
+	return UsageOf(&st), nil
+}
+
+// UsageOf is what the kernel says of a filesystem. Its blocks are of f_frsize bytes; f_bsize is what to transfer at
+// once, which FUSE servers make larger (statfs(2), statvfs(3)).
+func UsageOf(st *unix.Statfs_t) Usage {
+	block := int64(st.Frsize) // 32 bits on some architectures
+	if block == 0 {
+		block = int64(st.Bsize)
+	}
 	u := Usage{
 		Total:      int64(st.Blocks) * block,
 		Available:  int64(st.Bavail) * block,
@@ -79,7 +88,7 @@ func (l *Local) Usage(ctx context.Context, path string) (Usage, error) {
 		InodesFree: int64(st.Ffree),
 	}
 	u.InodesUsed = u.Inodes - u.InodesFree
-	return u, nil
+	return u
 }
 
 // FileInfo is what stat says of a path, itself and not what it links to.

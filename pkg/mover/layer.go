@@ -8,6 +8,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
@@ -163,10 +164,9 @@ func (s *store) reserved() error {
 	if err := retry(func() error { return unix.Fstatfs(s.fd, &st) }); err != nil {
 		return sysErr(err, "measure the storage of", s.path)
 	}
-	block := int64(st.Bsize) // 32 bits on some architectures
-	free, low := int64(st.Bavail)*block, layer.ReserveOf(int64(st.Blocks)*block).Low
-	if free < low {
-		return fault.New(fault.Exhausted, "the storage has %d bytes free, and keeps %d for layers that have not all their space, because it cannot allocate it or their class has thinLayers: delete something, or give it more space", free, low)
+	u := host.UsageOf(&st)
+	if low := layer.ReserveOf(u.Total).Low; u.Available < low {
+		return fault.New(fault.Exhausted, "the storage has %d bytes free, and keeps %d for layers that have not all their space, because it cannot allocate it or their class has thinLayers: delete something, or give it more space", u.Available, low)
 	}
 	return nil
 }

@@ -131,11 +131,8 @@ func (d *Directory) DomainUsage(context.Context) (engine.Usage, error) {
 	if err != nil {
 		return engine.Usage{}, Fault(&os.PathError{Op: "statfs", Path: d.path, Err: err})
 	}
-	size := int64(st.Bsize)
-	return engine.Usage{
-		Total: int64(st.Blocks) * size, Used: int64(st.Blocks-st.Bfree) * size, Available: int64(st.Bavail) * size,
-		InodesTotal: int64(st.Files), InodesFree: int64(st.Ffree),
-	}, nil
+	u := host.UsageOf(&st)
+	return engine.Usage{Total: u.Total, Used: u.Used, Available: u.Available, InodesTotal: u.Inodes, InodesFree: u.InodesFree}, nil
 }
 
 // SlabUsage implements engine.Meter. Block: what the file has allocated; blocks

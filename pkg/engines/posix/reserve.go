@@ -9,6 +9,8 @@ import (
 	"sync/atomic"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/host"
 )
 
 // Deleting begins with a new tag, which takes an inode and a block: on a full
@@ -77,8 +79,7 @@ func (d *Directory) keepReserve() {
 	if err != nil {
 		return
 	}
-	unit := uint64(st.Bsize)
-	if st.Blocks*unit < reserveLeast || st.Bavail*unit < 4*reserveFiles*reserveUnit {
+	if u := host.UsageOf(&st); u.Total < reserveLeast || u.Available < 4*reserveFiles*reserveUnit {
 		return
 	}
 	if err := d.root.Mkdir("reserve", 0o700); err != nil && !errors.Is(err, fs.ErrExist) {

@@ -370,7 +370,8 @@ func statfsOut(fd int) ([]byte, error) {
 	for _, v := range []uint64{st.Blocks, st.Bfree, st.Bavail, st.Files, st.Ffree} {
 		b = le.AppendUint64(b, v)
 	}
-	for _, v := range []uint32{uint32(st.Bsize), uint32(st.Namelen), uint32(st.Frsize)} {
+	const transfer = 1 << 20 // as servers have that like large requests
+	for _, v := range []uint32{transfer, uint32(st.Namelen), uint32(st.Frsize)} {
 		b = le.AppendUint32(b, v)
 	}
 	return append(b, make([]byte, 80-len(b))...), nil
