@@ -25,6 +25,8 @@ type storages struct {
 	node     string
 	watch    time.Duration
 	local    *host.Local
+	// started is told of every process of an engine that was started for a domain; may be nil.
+	started func(domain string)
 }
 
 // open opens the storage of an entry.
@@ -116,6 +118,9 @@ func (s storages) inProcess(ctx context.Context, e domain.Entry) (engine.Engine,
 			p.config.UID, p.config.GID = st.Uid, st.Gid
 		}
 	}
+	if s.started != nil {
+		p.started = func() { s.started(e.Name) }
+	}
 	p.config.Said = func(line string) { p.log.Info("An engine's process says", "line", line) }
 	cfg := s.config(e)
 	cfg.Dial, cfg.Why = p.dial, p.why
@@ -139,8 +144,9 @@ func (s storages) wrong(ctx context.Context, e domain.Entry, reason error) error
 // engineProcess is an engine's: each connection is to a new one. Whoever dials has lost the one
 // before, which has ended, or hangs.
 type engineProcess struct {
-	config host.ChildConfig
-	log    klog.Logger
+	config  host.ChildConfig
+	log     klog.Logger
+	started func() // may be nil
 
 	mu      sync.Mutex
 	child   *host.Child
@@ -174,6 +180,9 @@ func (p *engineProcess) dial(context.Context) (net.Conn, error) {
 		return nil, err
 	}
 	p.child = child
+	if p.started != nil {
+		p.started()
+	}
 	p.log.Info("An engine's process has started", "pid", child.PID(), "user", p.config.UID)
 	return conn, nil
 }

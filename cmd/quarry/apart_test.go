@@ -17,6 +17,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus/testutil"
 	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -237,8 +238,8 @@ func TestADomainGoesFromOneProcessToAnother(t *testing.T) {
 // reached, and goes on afterwards.
 func TestAnEnginesProcessThatEndsOrHangsIsReplaced(t *testing.T) {
 	needRoot(t, "confining a process")
-	s := testStorages(t)
-	s.watch = 3 * time.Second
+	s, m := testStorages(t), newMetrics()
+	s.watch, s.started = 3*time.Second, m.engineStarted
 	dir := shortDir(t)
 	e := openApart(t, s, domain.Entry{Name: "d", Engine: "dir", Process: true, Params: map[string]string{"path": dir}})
 	for i, signal := range []syscall.Signal{syscall.SIGKILL, syscall.SIGSTOP, syscall.SIGKILL} {
@@ -260,6 +261,9 @@ func TestAnEnginesProcessThatEndsOrHangsIsReplaced(t *testing.T) {
 		if tags, err := e.ListTags(t.Context(), "t."); err != nil || len(tags) != i+1 {
 			t.Errorf("tags %v, %v", tags, err)
 		}
+	}
+	if n := testutil.ToFloat64(m.engines.WithLabelValues("d")); n != 4 {
+		t.Errorf("the metric counts %v processes, and there were 4", n)
 	}
 }
 

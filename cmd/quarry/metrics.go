@@ -25,6 +25,7 @@ type metrics struct {
 	operations *prometheus.CounterVec
 	failures   *prometheus.CounterVec
 	durations  *prometheus.HistogramVec
+	engines    *prometheus.CounterVec
 }
 
 func newMetrics() *metrics {
@@ -41,8 +42,11 @@ func newMetrics() *metrics {
 			// 1 ms to 4.6 hours: from a tag to the copy of a large volume.
 			Buckets: prometheus.ExponentialBuckets(0.001, 4, 13),
 		}, []string{"op", "domain", "path"}),
+		engines: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "quarry_engine_starts_total", Help: "Processes that were started for engines which have their own: more than one is a restart.",
+		}, []string{"domain"}),
 	}
-	m.registry.MustRegister(m.operations, m.failures, m.durations, collectors.NewGoCollector(),
+	m.registry.MustRegister(m.operations, m.failures, m.durations, m.engines, collectors.NewGoCollector(),
 		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
 		prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 			Name: "quarry_build_info", Help: "Always 1.", ConstLabels: prometheus.Labels{"version": version},
@@ -58,6 +62,9 @@ func (m *metrics) observe(op, domain, path string, took time.Duration, err error
 		m.failures.WithLabelValues(op, domain, fault.KindOf(err).String()).Inc()
 	}
 }
+
+// engineStarted is storages.started.
+func (m *metrics) engineStarted(domain string) { m.engines.WithLabelValues(domain).Inc() }
 
 // watchDomains and watchHost add what is asked for at each scrape.
 func (m *metrics) watchDomains(d domainLister) { m.registry.MustRegister(newDomainCollector(d)) }

@@ -106,7 +106,7 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 	}
 	defer flush()
 	registry, metrics := engines.Registry(host.Exec{}), newMetrics()
-	storages := storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{})}
+	storages := storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{}), started: metrics.engineStarted}
 	link, err := agent.NewLink(agent.LinkConfig{Node: o.nodeID, Release: version, Engines: registry.OnNodes(),
 		Dial: dialer(o.controller, o.caFile), Token: tokenFrom(o.tokenFile),
 		Open: func(ctx context.Context, kind string, params, secrets map[string]string) (engine.Engine, error) {

@@ -84,7 +84,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 		})
 		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
 	}
-	opening := &openers{manager: manager, open: here(storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{})})}
+	opening := &openers{manager: manager, open: here(storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{}), started: metrics.engineStarted})}
 	// The manager closes when nobody asks it any more, and nothing is being opened.
 	stopped := func(err error) error {
 		opening.wait()
