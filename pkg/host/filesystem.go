@@ -112,6 +112,10 @@ func (l *Local) tool(ctx context.Context, device string, c Command) (Result, err
 		delete(l.tools, device)
 		l.mu.Unlock()
 	}
+	if c.Finish {
+		// With the container, too, where that can be; else nothing is better.
+		c.Begun = func(pid int) { _ = l.Outlive(pid) }
+	}
 	res, err := l.run.Run(ctx, c)
 	var hang *HangError
 	if !errors.As(err, &hang) {
@@ -147,10 +151,12 @@ func (l *Local) Check(ctx context.Context, device, fsType string) (note string, 
 		return "", err
 	}
 	said := strings.TrimSpace(string(res.Stdout) + string(res.Stderr))
-	switch {
-	case exit.Result.ExitCode&fsckUncorrected != 0:
+	switch code := exit.Result.ExitCode; {
+	case code < 0: // somebody killed it
+		return "", fault.New(fault.Unavailable, "check ext4 on %s: %w", device, err)
+	case code&fsckUncorrected != 0:
 		return "", fault.New(fault.Corrupt, "fsck found errors on %s that it does not repair by itself: run \"e2fsck -f\" on it, or restore a snapshot: %s", device, said)
-	case exit.Result.ExitCode == fsckCorrected:
+	case code == fsckCorrected:
 		return "fsck repaired " + device + ": " + said, nil
 	}
 	return "fsck of " + device + " could not finish, the mount decides: " + said, nil
@@ -177,7 +183,7 @@ func (l *Local) GrowUnmounted(ctx context.Context, device string) error {
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		switch code := exit.Result.ExitCode; {
-		case code&fsckUncorrected != 0:
+		case code >= 0 && code&fsckUncorrected != 0:
 			return fault.New(fault.Corrupt, "ext4 on %s cannot be grown before it was repaired: %w", device, err)
 		case code != fsckCorrected:
 			return fault.New(fault.Unavailable, "check ext4 on %s: %w", device, err)
@@ -242,7 +248,8 @@ func (l *Local) separateBtrfs(ctx context.Context, sysfs, device, uuid string, r
 	if sb.Dirty { // btrfstune would make the log unreadable
 		return fault.New(fault.Unsupported, why+", and cannot get another one before its log was replayed: Linux 6.7 or newer is needed, or a node that does not use its relatives", device, uuid)
 	}
-	_, err = l.tool(ctx, device, finishing("btrfstune", "-m", device))
+	// It is not to finish whoever dies, for it does not hold its device; what it has begun it does again.
+	_, err = l.tool(ctx, device, Command{Name: "btrfstune", Args: []string{"-m", device}})
 	var exit *ExitError
 	if errors.As(err, &exit) {
 		return fault.New(fault.Unavailable, "give the btrfs on %s an ID of its own: %w", device, err)

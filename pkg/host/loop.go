@@ -127,11 +127,12 @@ func (l *Local) loopOf(ctx context.Context, f *os.File, mark string) (*Loop, err
 		return nil, ioError("stat", f.Name(), err)
 	}
 	isDevice := st.Mode&unix.S_IFMT == unix.S_IFBLK
+	before := memosNow()
 	loops, unknown, err := l.loops(ctx)
 	if err != nil {
 		return nil, err
 	}
-	sweepMemos(append(loops, unknown...))
+	sweepMemos(before, append(loops, unknown...))
 	for _, lp := range loops {
 		if isDevice && lp.RDev == st.Rdev || !isDevice && lp.RDev == 0 && lp.Dev == st.Dev && lp.Inode == st.Ino {
 			return &lp, nil

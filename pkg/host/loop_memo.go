@@ -57,10 +57,19 @@ func (lp Loop) forget() {
 	}
 }
 
-// sweepMemos removes those of devices that went by themselves, with their last user.
-func sweepMemos(living []Loop) {
+// memosNow names the memos. Only those that were there before the devices were listed are to be
+// swept: another attachment makes device and memo at any time.
+func memosNow() []os.DirEntry {
 	all, err := os.ReadDir(memos)
-	if err != nil || len(all) <= len(living) {
+	if err != nil {
+		return nil
+	}
+	return all
+}
+
+// sweepMemos removes those of devices that went by themselves, with their last user.
+func sweepMemos(all []os.DirEntry, living []Loop) {
+	if len(all) <= len(living) {
 		return
 	}
 	there := map[string]bool{}

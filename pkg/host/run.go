@@ -31,6 +31,8 @@ type Command struct {
 	// Finish: once begun it is never killed, neither by its caller nor with this process: done by half is worse
 	// than not done. It has no Stdin, and a device that it holds exclusively, so that nobody works beside it.
 	Finish bool
+	// Begun, if not nil, is told the process ID right after the start: it is that of nobody else until Begun returns.
+	Begun func(pid int)
 }
 
 // String renders the command line, for messages.
@@ -182,6 +184,9 @@ func begin(c Command) (*running, error) {
 			err = errors.Join(err, ours.Close())
 		}
 		return nil, err
+	}
+	if c.Begun != nil {
+		c.Begun(p.process.Pid)
 	}
 	given := make(chan error, 1)
 	go func() {

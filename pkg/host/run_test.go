@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -63,7 +64,7 @@ func TestAProgramThatCannotBeKilledIsNotStartedBesideItself(t *testing.T) {
 
 // slowTool is a command that begins, says something where it is told to, and writes a file of that name at its end.
 func slowTool(dir string) Command {
-	const script = `echo begun >"$1/begun"; while [ ! -e "$1/go" ]; do sleep 0.01; done; echo said; echo said >&2; : >"$1/done"`
+	const script = `echo $$ >"$1/pid"; mv "$1/pid" "$1/begun"; while [ ! -e "$1/go" ]; do sleep 0.01; done; echo said; echo said >&2; : >"$1/done"`
 	return finishing("sh", "-c", script, "sh", dir)
 }
 
@@ -99,19 +100,38 @@ func TestAToolThatIsToFinishOutlastsItsCaller(t *testing.T) {
 // A check of a filesystem that is cut short can leave one that nobody finds any more.
 func TestAToolThatIsToFinishOutlastsItsProcess(t *testing.T) {
 	const where = "QUARRY_TEST_TOOL"
-	if dir := os.Getenv(where); dir != "" {
+	if dir, group, ok := strings.Cut(os.Getenv(where), " "); ok {
+		if group != "" {
+			if err := os.WriteFile(filepath.Join(group, "cgroup.procs"), []byte("0"), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
 		_, err := NewLocal(Exec{}).tool(t.Context(), "/dev/x", slowTool(dir))
 		t.Fatalf("it was to be killed: %v", err)
 	}
 	dir := t.TempDir()
 	in := func(name string) string { return filepath.Join(dir, name) }
 	c := exec.Command(os.Args[0], "-test.run=^"+t.Name()+"$")
-	c.Env = append(os.Environ(), where+"="+dir)
+	group := testGroup(t)
+	c.Env = append(os.Environ(), where+"="+dir+" "+group)
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "it begins", func() bool { return exists(in("begun")) })
-	if err := c.Process.Kill(); err != nil {
+	if group != "" { // a container's runtime ends all that is in its group
+		pid, err := os.ReadFile(in("begun"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		until(t, "it leaves the group", func() bool {
+			b, err := os.ReadFile("/proc/" + strings.TrimSpace(string(pid)) + "/cgroup")
+			return err == nil && strings.Contains(string(b), outliving)
+		})
+		if err := os.WriteFile(filepath.Join(group, "cgroup.kill"), []byte("1"), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := c.Process.Kill(); err != nil && !errors.Is(err, os.ErrProcessDone) {
 		t.Fatal(err)
 	}
 	_ = c.Wait()
@@ -119,4 +139,31 @@ func TestAToolThatIsToFinishOutlastsItsProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	until(t, "it finishes", func() bool { return exists(in("done")) })
+}
+
+// testGroup makes a control group for what is going to be killed with all in it; "" where a process cannot leave one.
+func testGroup(t *testing.T) string {
+	t.Helper()
+	pid, err1 := namespaceOf("pid")
+	cgroup, err2 := namespaceOf("cgroup")
+	mounts, err3 := NewLocal(Exec{}).Mounts()
+	if err := errors.Join(err1, err2, err3); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range mounts {
+		if m.Type != "cgroup2" || m.Root != "/" || pid != firstPIDNamespace || cgroup != firstCgroupNamespace {
+			continue
+		}
+		dir := filepath.Join(m.Point, "quarry-test-"+strconv.Itoa(os.Getpid()))
+		if err := os.Mkdir(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			until(t, "the group can be removed", func() bool { return os.Remove(dir) == nil })
+			_ = os.Remove(filepath.Join(m.Point, outliving)) // others may still be in it
+		})
+		return dir
+	}
+	t.Log("no control groups to leave here: only the process is killed")
+	return ""
 }
