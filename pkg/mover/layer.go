@@ -118,8 +118,9 @@ func (m *Mover) RepairLayer(_ context.Context, path string, size int64) (int64, 
 	return layer.Repair(d.file(), size)
 }
 
-// allocateStep is how much is allocated at once: writes to the file wait meanwhile.
-const allocateStep = 1 << 30
+// allocateStep is how much is allocated at once: writes to the file wait meanwhile, and the storage
+// may turn out to be full in the middle.
+const allocateStep = 64 << 20
 
 // allocate takes the space of a file's first size bytes, where the storage can
 // do that. A device has its space. Where the file has not all its space then, the
@@ -138,15 +139,20 @@ func (s *store) allocate(ctx context.Context, size int64) error {
 	return s.reserved()
 }
 
-// take is allocate without a look at the reserve. taken is false where the storage cannot do that.
+// take is allocate without a look at all of the reserve. taken is false where the storage cannot do that. It goes no
+// further than to the reserve's floor: where a storage is full at once, nobody can make others wait before that.
 func (s *store) take(ctx context.Context, size int64) (taken bool, err error) {
-	for off := int64(0); off < size; off += allocateStep {
+	const least = 4096 // is enough to find out
+	for off, n := int64(0), min(least, size); off < size; off, n = off+n, min(allocateStep, size-off-n) {
 		if ctx.Err() != nil {
 			return false, canceled(ctx, "allocating the space of "+s.path)
 		}
-		err := retry(func() error {
-			return unix.Fallocate(s.fd, unix.FALLOC_FL_KEEP_SIZE, off, min(allocateStep, size-off))
-		})
+		if off > 0 {
+			if err := s.spare(size); err != nil {
+				return false, err
+			}
+		}
+		err := retry(func() error { return unix.Fallocate(s.fd, unix.FALLOC_FL_KEEP_SIZE, off, n) })
 		if err == unix.EOPNOTSUPP || err == unix.ENOSYS {
 			return false, nil
 		}
@@ -157,14 +163,43 @@ func (s *store) take(ctx context.Context, size int64) (taken bool, err error) {
 	return true, nil
 }
 
+// spare refuses to take another piece of a file's first size bytes where that would not leave the floor.
+func (s *store) spare(size int64) error {
+	var st unix.Stat_t
+	if err := retry(func() error { return unix.Fstat(s.fd, &st) }); err != nil {
+		return sysErr(err, "stat", s.path)
+	}
+	const unit = 512 // of st_blocks, stat(2)
+	missing := size - st.Blocks*unit
+	if missing <= 0 {
+		return nil
+	}
+	u, err := s.usage()
+	if err != nil {
+		return err
+	}
+	if floor := layer.ReserveOf(u.Total).Floor; u.Available-min(missing, allocateStep) < floor {
+		return fault.New(fault.Exhausted, "the storage has %d bytes free, %d are still to be allocated for a layer, and %d have to stay, so that writes can wait before the storage is full: delete something, or give it more space", u.Available, missing, floor)
+	}
+	return nil
+}
+
+// usage of the file's storage.
+func (s *store) usage() (host.Usage, error) {
+	var st unix.Statfs_t
+	if err := retry(func() error { return unix.Fstatfs(s.fd, &st) }); err != nil {
+		return host.Usage{}, sysErr(err, "measure the storage of", s.path)
+	}
+	return host.UsageOf(&st), nil
+}
+
 // reserved refuses a file whose storage has less free than its reserve: what is written
 // to it would have to wait at once. A storage that counts nothing has none.
 func (s *store) reserved() error {
-	var st unix.Statfs_t
-	if err := retry(func() error { return unix.Fstatfs(s.fd, &st) }); err != nil {
-		return sysErr(err, "measure the storage of", s.path)
+	u, err := s.usage()
+	if err != nil {
+		return err
 	}
-	u := host.UsageOf(&st)
 	if low := layer.ReserveOf(u.Total).Low; u.Available < low {
 		return fault.New(fault.Exhausted, "the storage has %d bytes free, and keeps %d for layers that have not all their space, because it cannot allocate it or their class has thinLayers: delete something, or give it more space", u.Available, low)
 	}

@@ -44,7 +44,8 @@ func TestALayerWithoutAllItsSpaceNeedsTheReserve(t *testing.T) {
 	must(err)
 	defer filler.Close()
 	free, r := measure()
-	must(unix.Fallocate(int(filler.Fd()), 0, 0, free-r.Low+size/2))
+	end := free - r.Low + size/2
+	must(unix.Fallocate(int(filler.Fd()), 0, 0, end))
 	refused := func(what string, err error) {
 		t.Helper()
 		if !errors.Is(err, fault.Exhausted) || !strings.Contains(err.Error(), "thinLayers") {
@@ -60,6 +61,21 @@ func TestALayerWithoutAllItsSpaceNeedsTheReserve(t *testing.T) {
 	refused("the space of none", m.Allocate(ctx, filepath.Join(dir, "early"), 0))
 	must(m.FormatLayer(ctx, slab("whole"), size, chunk))
 	must(m.Allocate(ctx, filepath.Join(dir, "early"), size))
+
+	// A layer with all its space may have what the storage can spare, and no byte more.
+	if free, _ = measure(); free < r.Floor {
+		t.Fatalf("%d bytes are free", free)
+	}
+	must(unix.Fallocate(int(filler.Fd()), 0, end, free-r.Floor-size/2))
+	for what, err := range map[string]error{"new": m.FormatLayer(ctx, slab("more"), size, chunk), "old": m.Allocate(ctx, slab("most"), size)} {
+		if !errors.Is(err, fault.Exhausted) || !strings.Contains(err.Error(), "have to stay") {
+			t.Errorf("a whole layer that leaves too little, %s: %v", what, err)
+		}
+	}
+	must(m.Allocate(ctx, filepath.Join(dir, "whole"), size)) // has its space
+	if free, _ := measure(); free < r.Floor {
+		t.Errorf("%d bytes are free", free)
+	}
 
 	must(filler.Truncate(0))
 	must(filler.Sync()) // the space comes back with the journal
