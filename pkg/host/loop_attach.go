@@ -94,7 +94,13 @@ func (l *Local) attachLoop(ctx context.Context, spec LoopSpec) (lp Loop, h loopH
 	if spec.ReadOnly {
 		flags = os.O_RDONLY
 	}
-	f, err := openFile(spec.File, flags)
+	through := 0
+	if !spec.ReadOnly {
+		if through, err = WriteThrough(spec.File); err != nil {
+			return Loop{}, h, err
+		}
+	}
+	f, err := openFile(spec.File, flags|through)
 	if err != nil {
 		return Loop{}, h, ioError("open", spec.File, err)
 	}
@@ -253,6 +259,17 @@ func (l *Local) newLoop(ctx context.Context, f *os.File, spec LoopSpec, h *loopH
 			continue
 		}
 		h.device, h.made = d, true
+		if !spec.ReadOnly {
+			cache := writeBack
+			if flags, err := unix.FcntlInt(f.Fd(), unix.F_GETFL, 0); err != nil {
+				return Loop{}, ioError("ask", spec.File, err)
+			} else if flags&unix.O_SYNC != 0 {
+				cache = writeThrough
+			}
+			if err := setCache(n, cache); err != nil {
+				return Loop{}, err
+			}
+		}
 		lp, err := l.loop(ctx, n, sysfs(n, "loop/backing_file"))
 		if err == nil {
 			lp.remember()
@@ -361,6 +378,11 @@ func (l *Local) detachLoop(ctx context.Context, lp Loop) error {
 	}
 	if ctx.Err() != nil { // nobody waits any more: by now somebody may use it again
 		return fault.New(fault.KindOf(ctx.Err()), "detach %s: %w", lp.Path, ctx.Err())
+	}
+	if !lp.ReadOnly { // newer kernels (6.11) keep it for the next file
+		if err := setCache(lp.Number, writeBack); err != nil {
+			return err
+		}
 	}
 	err = unix.IoctlSetInt(int(d.Fd()), unix.LOOP_CLR_FD, 0)
 	if err != nil && !errors.Is(err, unix.ENXIO) {

@@ -7,6 +7,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host"
 )
 
 // store is an open block slab: a regular file or a block device.
@@ -92,6 +93,13 @@ func openStore(path string, flags int) (*store, error) {
 	flags |= unix.O_CLOEXEC | unix.O_NONBLOCK
 	if !isBlockDevice(&st) {
 		flags &^= unix.O_EXCL
+	}
+	if flags&unix.O_ACCMODE != unix.O_RDONLY && !isBlockDevice(&st) {
+		through, err := host.WriteThrough(path)
+		if err != nil {
+			return nil, err
+		}
+		flags |= through
 	}
 	fd, err := retryN(func() (int, error) { return unix.Open(path, flags, 0) })
 	if err != nil {

@@ -2,10 +2,12 @@ package smb
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -115,6 +117,176 @@ func TestLabARestartedServerLosesNothingOfALoopDevice(t *testing.T) {
 		}
 	}
 	eventually(t, time.Minute, func() error { return e.CreateTag(ctx, tag("i.after")) })
+}
+
+// looped is a block slab with a loop device over it, which is open past the page cache.
+func looped(t *testing.T, e engine.Engine, size int64) (device *os.File) {
+	t.Helper()
+	ctx := t.Context()
+	must(t, e.CreateSlab(ctx, engine.SlabSpec{ID: "disk", Kind: engine.Block, Size: size}))
+	at, err := e.AttachSlab(ctx, "disk", engine.AttachOptions{})
+	must(t, err)
+	local := host.NewLocal(host.Exec{})
+	loop, err := local.AttachLoop(ctx, host.LoopSpec{File: at.Path, Size: size, Mark: t.Name()})
+	must(t, err)
+	t.Cleanup(func() { must(t, local.DetachLoop(context.WithoutCancel(ctx), loop)) })
+	device, err = os.OpenFile(loop.Path, os.O_RDWR|unix.O_DIRECT, 0)
+	must(t, err)
+	t.Cleanup(func() { must(t, device.Close()) })
+	return device
+}
+
+// aligned is memory for direct I/O.
+func aligned(t *testing.T, size int) []byte {
+	t.Helper()
+	b, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	must(t, err)
+	t.Cleanup(func() { must(t, unix.Munmap(b)) })
+	return b
+}
+
+// A flush that the connection was lost under is an error of the disk to whoever waits for it: a filesystem stops.
+func TestLabAFlushOutlivesTheConnection(t *testing.T) {
+	r := newRig(t, "xfs", nil)
+	device := looped(t, r.open(t, "", ""), 8<<20)
+	b := aligned(t, 4096)
+	for round := range 3 {
+		_, err := device.WriteAt(b, int64(round)*4096)
+		must(t, err)
+		r.Freeze(t)
+		flushed := make(chan error, 1)
+		go func() { flushed <- device.Sync() }()
+		time.Sleep(time.Second) // it is at the server by now, if it has to go there
+		r.Kill()
+		r.Run(t)
+		if err := <-flushed; err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+		if _, err := device.ReadAt(b, 0); err != nil {
+			t.Fatalf("round %d: %v", round, err)
+		}
+	}
+}
+
+// A server that crashes forgets what it had not written to its disk, and tells nobody: what was written before
+// and is flushed afterwards has to be there.
+func TestLabAServerThatForgetsIsNotBelieved(t *testing.T) {
+	r := newRig(t, "xfs", nil)
+	device := looped(t, r.open(t, "", ""), 8<<20)
+	b := aligned(t, 1<<20)
+	for round := range 3 {
+		copy(b, bytes.Repeat([]byte{'a' + byte(round)}, len(b)))
+		_, err := device.WriteAt(b, 0)
+		must(t, err)
+		r.Freeze(t)
+		shutDown(t, r.disk)
+		r.Kill()
+		remount(t, r.disk, "xfs")
+		r.Run(t)
+		if err := device.Sync(); err != nil {
+			t.Errorf("round %d: flush: %v", round, err)
+			continue // it was not said to be durable
+		}
+		_, err = device.ReadAt(b, 0)
+		must(t, err)
+		if want := bytes.Repeat([]byte{'a' + byte(round)}, len(b)); !bytes.Equal(b, want) {
+			t.Errorf("round %d: what was flushed without an error begins with %q and not with %q", round, b[:4], want[:4])
+		}
+	}
+}
+
+// TestLabAFilesystemOutlivesItsServer: a server that was restarted, or crashed and forgot what it had not written
+// to its disk, says nothing of that to a client that goes on. No write below a mounted filesystem may fail or be missing.
+func TestLabAFilesystemOutlivesItsServer(t *testing.T) {
+	r := newRig(t, "xfs", nil)
+	e := r.open(t, "", "")
+	ctx := t.Context()
+	const size, piece = 256 << 20, 64 << 10
+	must(t, e.CreateSlab(ctx, engine.SlabSpec{ID: "disk", Kind: engine.Block, Size: size}))
+	at, err := e.AttachSlab(ctx, "disk", engine.AttachOptions{})
+	must(t, err)
+	local, point := host.NewLocal(host.Exec{}), t.TempDir()
+	loop, err := local.AttachLoop(ctx, host.LoopSpec{File: at.Path, Size: size, Mark: "smb-outlives"})
+	must(t, err)
+	defer func() { must(t, local.DetachLoop(context.WithoutCancel(ctx), loop)) }()
+	must(t, local.Format(ctx, loop.Path, host.Ext4, size))
+	must(t, local.MountFilesystem(ctx, loop.Path, point, host.Ext4, nil))
+
+	content := func(n int64) []byte { return bytes.Repeat(fmt.Appendf(nil, "%08d", n), piece/8) }
+	file := func(n int64) string { return filepath.Join(point, fmt.Sprint(n%200)) }
+	var durable atomic.Int64 // files before this one
+	stop, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		ended <- func() error {
+			for n := int64(0); ; n++ {
+				select {
+				case <-stop:
+					return nil
+				default:
+				}
+				f, err := os.Create(file(n))
+				if err != nil {
+					return err
+				}
+				_, err = f.Write(content(n))
+				if n%4 != 3 { // what is not waited for is in the next one's journal, and on its way
+					err = errors.Join(err, f.Close())
+				} else if err = errors.Join(err, f.Sync(), f.Close()); err == nil {
+					durable.Store(n + 1)
+				}
+				if err != nil {
+					return fmt.Errorf("file %d: %w", n, err)
+				}
+			}
+		}()
+	}()
+	goesOn := func() {
+		t.Helper()
+		before, begin := durable.Load(), time.Now()
+		for durable.Load() < before+20 {
+			select {
+			case err := <-ended:
+				t.Fatalf("after %d files: %v", durable.Load(), err)
+			case <-time.After(10 * time.Millisecond):
+			}
+			if time.Since(begin) > 3*time.Minute {
+				t.Fatal("the writer does not go on")
+			}
+		}
+		t.Logf("20 files more in %s", time.Since(begin))
+	}
+	for round := range 4 {
+		goesOn()
+		if round%2 == 0 {
+			r.Kill()
+			r.Run(t)
+			continue
+		}
+		r.Freeze(t)
+		shutDown(t, r.disk)
+		r.Kill()
+		remount(t, r.disk, "xfs")
+		r.Run(t)
+	}
+	goesOn()
+	close(stop)
+	must(t, <-ended)
+	must(t, local.Unmount(ctx, point))
+	if note, err := local.Check(ctx, loop.Path, host.Ext4); err != nil || note != "" {
+		t.Errorf("fsck: %q, %v", note, err)
+	}
+	res, err := (host.Exec{}).Run(ctx, host.Command{Name: "e2fsck", Args: []string{"-f", "-n", loop.Path}})
+	if err != nil {
+		t.Errorf("%v\n%s", err, res.Stdout)
+	}
+	must(t, local.MountFilesystem(ctx, loop.Path, point, host.Ext4, nil))
+	defer func() { must(t, local.Unmount(context.WithoutCancel(ctx), point)) }()
+	last := durable.Load()
+	for n := max(0, last-200+4); n < last; n++ { // the writer may have begun four more
+		if got, err := os.ReadFile(file(n)); err != nil || n%4 == 3 && !bytes.Equal(got, content(n)) {
+			t.Errorf("file %d of %d is not as it was written (%d bytes, %v)", n, last, len(got), err)
+		}
+	}
 }
 
 // What a verb answered is at the server's disk: its file system is shut down like by a power cut,
