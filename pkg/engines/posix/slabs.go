@@ -184,14 +184,20 @@ func (d *Directory) DeleteSlab(ctx context.Context, id string) error {
 	}
 	name, trash := d.onDisk(id), ""
 	defer d.keepReserve()
-	err := d.roomy(func() error {
-		err := unlinkat(d.slabs, name, 0)
-		if err == unix.EISDIR {
-			trash = d.unique()
-			err = renameat(d.slabs, name, d.trash, trash)
-		}
-		return err
-	})
+	remove := func() error {
+		return d.roomy(func() error {
+			err := unlinkat(d.slabs, name, 0)
+			if err == unix.EISDIR {
+				trash = d.unique()
+				err = renameat(d.slabs, name, d.trash, trash)
+			}
+			return err
+		})
+	}
+	err := remove()
+	if err == unix.ENOENT {
+		err = d.again(remove)
+	}
 	if err != nil && err != unix.ENOENT {
 		return Fault(&os.PathError{Op: "delete", Path: filepath.Join(d.slabs.Name(), name), Err: err})
 	}
@@ -207,6 +213,7 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 	ctx, cancel := context.WithTimeout(ctx, engine.ListingLimit)
 	defer cancel()
 	var slabs []engine.Slab
+	missing := map[string]error{}
 	err := d.each(ctx, d.slabs, ".", func(folder *os.File, name string) error {
 		id, ours := d.offDisk(name)
 		if !ours || engine.CheckName("slab ID", id) != nil {
@@ -214,7 +221,8 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 		}
 		st, err := statat(folder, name)
 		if err == unix.ENOENT || err == unix.ESTALE {
-			return nil // deleted meanwhile
+			missing[name] = err // deleted meanwhile
+			return nil
 		} else if err != nil {
 			return &os.PathError{Op: "stat", Path: filepath.Join(folder.Name(), name), Err: err}
 		}
@@ -224,6 +232,7 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 		case unix.S_IFDIR:
 			f, slab, err := d.OpenSlab(id)
 			if errors.Is(err, fault.NotFound) {
+				missing[name] = unix.ENOENT
 				return nil
 			} else if err != nil && !errors.Is(err, fault.Corrupt) {
 				return err
@@ -234,6 +243,9 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 		}
 		return nil
 	})
+	if err == nil {
+		err = d.gone(ctx, d.slabs, ".", missing)
+	}
 	return slabs, Fault(err)
 }
 

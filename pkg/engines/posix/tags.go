@@ -58,13 +58,17 @@ func (d *Directory) DeleteTag(ctx context.Context, name string) error {
 	}
 	class, err := d.class(name, false)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return Fault(d.gone(ctx, d.tags, ".", map[string]error{d.onDisk(classOf(name)): err}))
 	} else if err != nil {
 		return Fault(err)
 	}
 	defer class.Close()
 	defer d.keepReserve()
-	switch err := d.roomy(func() error { return unlinkat(class, d.onDisk(name), 0) }); err {
+	unlink := func() error { return d.roomy(func() error { return unlinkat(class, d.onDisk(name), 0) }) }
+	if err = unlink(); err == unix.ENOENT {
+		err = d.again(unlink)
+	}
+	switch err {
 	case nil, unix.ENOENT: // gone, but perhaps by someone who stopped before it was durable
 		return Fault(d.syncFolder(class))
 	case unix.EISDIR:
@@ -100,10 +104,11 @@ func (d *Directory) ListTags(ctx context.Context, prefix string) ([]engine.Tag, 
 		if engine.CheckName("class", class) != nil {
 			return nil, nil // nothing begins like that
 		}
-		if err := list(class); !errors.Is(err, fs.ErrNotExist) {
-			return tags, Fault(err)
+		err := list(class)
+		if errors.Is(err, fs.ErrNotExist) && !errors.Is(err, fault.Unavailable) { // the folder: there never was such a tag
+			return nil, Fault(d.gone(ctx, d.tags, ".", map[string]error{d.onDisk(class): err}))
 		}
-		return nil, nil
+		return tags, Fault(err)
 	}
 	return tags, Fault(d.each(ctx, d.tags, ".", func(_ *os.File, class string) error {
 		class, ours := d.offDisk(class)
@@ -122,9 +127,9 @@ func (d *Directory) readTags(ctx context.Context, class string, names []string) 
 		return nil, err
 	}
 	defer folder.Close()
-	tags := make([]engine.Tag, len(names))
+	tags, skipped := make([]engine.Tag, len(names)), make([]error, len(names))
 	readers := min(8, 1+len(names)/64)
-	g, ctx := errgroup.WithContext(ctx)
+	g, reading := errgroup.WithContext(ctx)
 	for r := range readers {
 		g.Go(func() error {
 			var buf tagBuffer
@@ -133,18 +138,29 @@ func (d *Directory) readTags(ctx context.Context, class string, names []string) 
 				switch {
 				case err == nil:
 					tags[i] = tag
-				case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, unix.ESTALE):
+				case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESTALE):
+					skipped[i] = err
+				default:
 					return err
 				}
-				if ctx.Err() != nil {
-					return ctx.Err()
+				if reading.Err() != nil {
+					return reading.Err()
 				}
 			}
 			return nil
 		})
 	}
-	err = g.Wait()
-	return slices.DeleteFunc(tags, func(t engine.Tag) bool { return t.Name == "" }), err
+	if err := g.Wait(); err != nil {
+		return nil, err
+	}
+	missing := map[string]error{}
+	for i, err := range skipped {
+		if err != nil {
+			missing[d.onDisk(names[i])] = err
+		}
+	}
+	tags = slices.DeleteFunc(tags, func(t engine.Tag) bool { return t.Name == "" })
+	return tags, d.gone(ctx, d.tags, d.onDisk(class), missing)
 }
 
 func classOf(name string) string {

@@ -1,0 +1,88 @@
+package posix
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/quarry-csi/quarry/pkg/engine"
+	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host/hosttest/farfs"
+)
+
+// TestAShareThatIsBrieflyAwayLosesNothing: what cannot be found while it is away is neither left out of a listing nor
+// taken for deleted, and is all there when the share is back.
+func TestAShareThatIsBrieflyAwayLosesNothing(t *testing.T) {
+	s, dir, point := onShare(t)
+	d := openWith(t, point, Options{})
+	for i := range 5 {
+		ok(t, d.CreateTag(t.Context(), engine.Tag{Name: fmt.Sprintf("i.%d", i)}))
+	}
+	ok(t, d.CreateSlab(t.Context(), engine.SlabSpec{ID: "b", Kind: engine.Block, Size: 1}))
+	ok(t, d.CreateSlab(t.Context(), engine.SlabSpec{ID: "t", Kind: engine.Tree, Size: 1}))
+	listTags := func(prefix string) error { _, err := d.ListTags(t.Context(), prefix); return err }
+	listSlabs := func() error { _, err := d.ListSlabs(t.Context()); return err }
+	for _, c := range []struct {
+		name string
+		op   farfs.Op
+		with unix.Errno
+		do   func() error
+	}{
+		{"tags, before its exports", farfs.Open, unix.ESTALE, func() error { return listTags("i.") }},
+		{"tags, without its names", farfs.Open, unix.ENOENT, func() error { return listTags("i.") }},
+		{"tags, when nothing is found", farfs.Lookup, unix.ENOENT, func() error { return listTags("i.") }},
+		{"all tags, when nothing is found", farfs.Lookup, unix.ENOENT, func() error { return listTags("") }},
+		{"tags of which there are none, when nothing is found", farfs.Lookup, unix.ENOENT, func() error { return listTags("n.") }},
+		{"slabs, before its exports", farfs.Lookup, unix.ESTALE, listSlabs},
+		{"slabs, when nothing is found", farfs.Lookup, unix.ENOENT, listSlabs},
+		{"deletion of a tag", farfs.Lookup, unix.ENOENT, func() error { return d.DeleteTag(t.Context(), "i.0") }},
+		{"deletion of a block slab", farfs.Lookup, unix.ENOENT, func() error { return d.DeleteSlab(t.Context(), "b") }},
+		{"deletion of a tree slab", farfs.Lookup, unix.ENOENT, func() error { return d.DeleteSlab(t.Context(), "t") }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.Refuse(c.op, c.with)
+			err := c.do()
+			s.Refuse(c.op, 0)
+			if !errors.Is(err, fault.Unavailable) || !errors.Is(err, c.with) {
+				t.Errorf("%v, want it unavailable because of %q", err, c.with)
+			}
+			if have := tagNames(t, d); len(have) != 5 {
+				t.Errorf("then there are the tags %q", have)
+			}
+			if slabs, err := d.ListSlabs(t.Context()); err != nil || len(slabs) != 2 {
+				t.Errorf("then there are the slabs %v, %v", slabs, err)
+			}
+		})
+	}
+	// What finds nothing finds it in the folder that was opened, and not in one that has gone from its place.
+	ok(t, os.Rename(filepath.Join(dir, "tags"), filepath.Join(dir, "away")))
+	for name, do := range map[string]func() error{
+		"listing":  func() error { return listTags("n.") },
+		"deletion": func() error { return d.DeleteTag(t.Context(), "n.0") },
+	} {
+		if err := do(); !errors.Is(err, fault.Unavailable) {
+			t.Errorf("%s without the tags' folder: %v", name, err)
+		}
+	}
+	ok(t, os.Mkdir(filepath.Join(dir, "tags"), 0o700))
+	fails(t, listTags("n."), fault.Unavailable)
+}
+
+// TestWhatIsGoneIsGone: on a storage that answers, it costs nobody an error.
+func TestWhatIsGoneIsGone(t *testing.T) {
+	_, _, point := onShare(t)
+	d := openWith(t, point, Options{Refresh: true})
+	for range 2 {
+		ok(t, d.DeleteTag(t.Context(), "i.0"))
+		ok(t, d.DeleteSlab(t.Context(), "a"))
+		if tags, err := d.ListTags(t.Context(), "i."); err != nil || len(tags) != 0 {
+			t.Errorf("tags %v, %v", tags, err)
+		}
+		ok(t, d.CreateTag(t.Context(), engine.Tag{Name: "i.0"}))
+		ok(t, d.DeleteTag(t.Context(), "i.0"))
+	}
+}
