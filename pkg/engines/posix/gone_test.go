@@ -86,3 +86,50 @@ func TestWhatIsGoneIsGone(t *testing.T) {
 		ok(t, d.DeleteTag(t.Context(), "i.0"))
 	}
 }
+
+// TestWhatCannotBeSeenIsNotGone: a server that goes away in the middle of a verb is no reason to say that a slab does
+// not exist, or that an import was finished before.
+func TestWhatCannotBeSeenIsNotGone(t *testing.T) {
+	s, dir, point := onShare(t)
+	d := openWith(t, point, Options{NoLeases: true})
+	ok(t, d.CreateSlab(t.Context(), engine.SlabSpec{ID: "t", Kind: engine.Tree, Size: 1}))
+	ok(t, os.Mkdir(filepath.Join(dir, "import"), 0o700))
+	ok(t, os.WriteFile(filepath.Join(dir, "import", "disk.img"), make([]byte, Granularity), 0o600))
+	ok(t, d.ImportSlab(t.Context(), "disk.img", engine.SlabSpec{ID: "b", Kind: engine.Block, Size: Granularity}))
+	for _, c := range []struct {
+		name, slab string
+		opens      unix.Errno // what the file answers that is opened when the server goes away
+		do         func() error
+	}{
+		{"the list of slabs", "t", unix.EHOSTDOWN, func() error { _, err := d.ListSlabs(t.Context()); return err }},
+		{"attaching", "t", unix.EHOSTDOWN, func() error { _, err := d.AttachSlab(t.Context(), "t", engine.AttachOptions{}); return err }},
+		{"growing", "t", unix.EHOSTDOWN, func() error { return d.ResizeSlab(t.Context(), "t", 2) }},
+		{"finishing an import", "b", 0, func() error { return d.KeepSlab(t.Context(), "disk.img", "b") }},
+		{"importing again", "b", 0, func() error {
+			return d.ImportSlab(t.Context(), "disk.img", engine.SlabSpec{ID: "b", Kind: engine.Block, Size: Granularity})
+		}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			s.Refuse(farfs.Open, c.opens)
+			s.Hang(func(op farfs.Op) bool { return op == farfs.Open })
+			done := make(chan error, 1)
+			go func() { done <- c.do() }()
+			s.Held(t)
+			s.RefuseName(c.slab, unix.EHOSTDOWN)
+			s.Release()
+			err := <-done
+			s.RefuseName(c.slab, 0)
+			s.Refuse(farfs.Open, 0)
+			if !errors.Is(err, fault.Unavailable) || !errors.Is(err, unix.EHOSTDOWN) {
+				t.Errorf("%v", err)
+			}
+		})
+	}
+	if _, err := os.Lstat(filepath.Join(dir, "import", "disk.img")); err != nil {
+		t.Error(err)
+	}
+	ok(t, d.KeepSlab(t.Context(), "disk.img", "b"))
+	if _, err := os.Lstat(filepath.Join(dir, "import", "disk.img")); !os.IsNotExist(err) {
+		t.Errorf("the import was not finished: %v", err)
+	}
+}

@@ -106,7 +106,11 @@ func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.S
 	case st.Size != size:
 		return fault.New(fault.Conflict, "%s has %d bytes, not %d as when it was looked at", f.Name(), st.Size, size)
 	case st.Nlink > 1:
-		if d.isSlab(spec.ID, &st) {
+		same, err := d.isSlab(spec.ID, &st)
+		switch {
+		case err != nil:
+			return Fault(err)
+		case same:
 			return Fault(d.published(d.slabs)) // it was done before
 		}
 		return fault.New(fault.InUse, "%s has another name, too (%d hard links): remove that first, or copy the file", f.Name(), st.Nlink)
@@ -132,10 +136,16 @@ func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.S
 	return Fault(d.published(d.slabs))
 }
 
-// isSlab says whether a slab is that very file.
-func (d *Directory) isSlab(id string, file *unix.Stat_t) bool {
+// isSlab says whether a slab is that very file. With an error, that is not known.
+func (d *Directory) isSlab(id string, file *unix.Stat_t) (bool, error) {
 	slab, err := statat(d.slabs, d.onDisk(id))
-	return err == nil && slab.Dev == file.Dev && slab.Ino == file.Ino
+	if err == unix.ENOENT {
+		return false, nil
+	}
+	if err != nil {
+		return false, &os.PathError{Op: "stat", Path: filepath.Join(d.slabs.Name(), d.onDisk(id)), Err: err}
+	}
+	return slab.Dev == file.Dev && slab.Ino == file.Ino, nil
 }
 
 // KeepSlab takes an imported slab's first name away, and from all but root the right to write it.
@@ -160,7 +170,13 @@ func (d *Directory) KeepSlab(_ context.Context, source, id string) error {
 	}
 	defer folder.Close()
 	st, err := statat(folder, source)
-	if errors.Is(err, unix.ENOENT) || err == nil && !d.isSlab(id, &st) { // done before; and perhaps another file has the name now
+	same := false
+	if err == nil {
+		if same, err = d.isSlab(id, &st); err != nil {
+			return Fault(err)
+		}
+	}
+	if err == unix.ENOENT || err == nil && !same { // done before; and perhaps another file has the name now
 		return Fault(d.syncFolder(folder))
 	}
 	if err == nil {

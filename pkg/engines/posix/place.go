@@ -3,6 +3,7 @@ package posix
 import (
 	"crypto/rand"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -40,10 +41,12 @@ func mkdir(in *os.File, name string, mode uint32) error {
 // rename moves what is open as f. A folder never takes the place of one that is not empty.
 func rename(f *os.File, from *os.File, old string, to *os.File, name string) error {
 	err := renameat(from, old, to, name)
+	var unseen error
 	// One who has seen what has the name now by another one, in tmp/, finds it by the new one only outside of a rename.
 	const manyTries = 10
 	for tries := 0; err != nil && tries < manyTries; tries++ {
-		if named(f, to, name) {
+		var done bool
+		if done, unseen = named(f, to, name); done {
 			return nil
 		}
 		if err != unix.ESTALE {
@@ -54,14 +57,29 @@ func rename(f *os.File, from *os.File, old string, to *os.File, name string) err
 	if err == nil {
 		return nil
 	}
-	return &os.LinkError{Op: "rename", Old: filepath.Join(from.Name(), old), New: filepath.Join(to.Name(), name), Err: err}
+	err = &os.LinkError{Op: "rename", Old: filepath.Join(from.Name(), old), New: filepath.Join(to.Name(), name), Err: err}
+	if unseen != nil {
+		return unknown(fmt.Errorf("%w; %w", err, unseen))
+	}
+	return err
 }
 
-// named says whether what is open as f has the name in dir.
-func named(f *os.File, dir *os.File, name string) bool {
+// lostReply is what a failure to give f the name in dir means: nil if it has the name all the same.
+func lostReply(err error, f *os.File, dir *os.File, name string) error {
+	switch done, unseen := named(f, dir, name); {
+	case done:
+		return nil
+	case unseen != nil:
+		return unknown(fmt.Errorf("%w; %w", err, unseen))
+	}
+	return err
+}
+
+// named says whether what is open as f has the name in dir. With an error, that is not known.
+func named(f *os.File, dir *os.File, name string) (bool, error) {
 	open, err := stat(f)
 	if err != nil {
-		return false
+		return false, &os.PathError{Op: "stat", Path: f.Name(), Err: err}
 	}
 	there, err := statat(dir, name)
 	// The kernel still has a renamed folder under its old name, and finds its new one only while nobody
@@ -72,7 +90,13 @@ func named(f *os.File, dir *os.File, name string) bool {
 		<-tick.C
 		there, err = statat(dir, name)
 	}
-	return err == nil && open.Dev == there.Dev && open.Ino == there.Ino
+	if err == unix.ENOENT {
+		return false, nil
+	}
+	if err != nil {
+		return false, &os.PathError{Op: "stat", Path: filepath.Join(dir.Name(), name), Err: err}
+	}
+	return open.Dev == there.Dev && open.Ino == there.Ino, nil
 }
 
 // place makes a file durable under a name in dir: complete, or not at all. The
@@ -106,8 +130,11 @@ func (d *Directory) tryPlace(dir *os.File, name string, fill func(*os.File) erro
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if err := linkat(d.tmp, tmp, dir, name); err != nil && !named(f, dir, name) {
-		return &os.LinkError{Op: "link", Old: filepath.Join("tmp", tmp), New: filepath.Join(dir.Name(), name), Err: err}
+	if err := linkat(d.tmp, tmp, dir, name); err != nil {
+		err := &os.LinkError{Op: "link", Old: filepath.Join("tmp", tmp), New: filepath.Join(dir.Name(), name), Err: err}
+		if err := lostReply(err, f, dir, name); err != nil {
+			return err
+		}
 	}
 	if d.options.NoDirSync {
 		// The server's journal has the file's new name and its number of names in one entry.

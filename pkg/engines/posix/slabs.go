@@ -276,8 +276,14 @@ func (d *Directory) OpenSlab(id string) (*os.File, engine.Slab, error) {
 	}
 	defer wrapper.Close()
 	data, size, err := openTree(wrapper, id)
-	if err != nil && !named(wrapper, d.slabs, d.onDisk(id)) { // it was deleted, and is being emptied
-		return nil, none, fault.New(fault.NotFound, "slab %q does not exist", id)
+	if err != nil {
+		there, unseen := named(wrapper, d.slabs, d.onDisk(id))
+		switch {
+		case unseen != nil:
+			return nil, none, Fault(unseen)
+		case !there: // it was deleted, and is being emptied
+			return nil, none, fault.New(fault.NotFound, "slab %q does not exist", id)
+		}
 	}
 	return data, engine.Slab{ID: id, Kind: engine.Tree, Size: size}, err
 }

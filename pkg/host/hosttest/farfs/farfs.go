@@ -74,6 +74,7 @@ type Server struct {
 	goOn   chan struct{}
 	twice  func(Op) bool
 	refuse map[Op]unix.Errno
+	names  map[string]unix.Errno
 	squash *uint32
 	direct bool
 	count  map[Op]int
@@ -86,7 +87,7 @@ func New(t testing.TB, dir string) *Server {
 	if os.Geteuid() != 0 {
 		t.Skip("mounting needs root")
 	}
-	s := &Server{t: t, dir: dir, held: make(chan Op, 4096), goOn: make(chan struct{}), count: map[Op]int{}, refuse: map[Op]unix.Errno{}}
+	s := &Server{t: t, dir: dir, held: make(chan Op, 4096), goOn: make(chan struct{}), count: map[Op]int{}, refuse: map[Op]unix.Errno{}, names: map[string]unix.Errno{}}
 	t.Cleanup(func() {
 		s.Release()
 		s.mu.Lock()
@@ -215,6 +216,13 @@ func (s *Server) Refuse(op Op, with unix.Errno) {
 	s.refuse[op] = with
 }
 
+// RefuseName answers every question for a name, in whatever folder, with an error; 0: no more.
+func (s *Server) RefuseName(name string, with unix.Errno) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.names[name] = with
+}
+
 // Squash gives what is made from now on to a user, as a server does that trusts no root.
 func (s *Server) Squash(user uint32) {
 	s.mu.Lock()
@@ -311,6 +319,9 @@ func (c *conn) answer(request []byte) {
 	s.count[op]++
 	s.seen = append(s.seen, op)
 	refuse, squash := s.refuse[op], s.squash
+	if op == Lookup && s.names[text(body)] != 0 {
+		refuse = s.names[text(body)]
+	}
 	holds, twice, goOn := s.hold != nil && s.hold(op), s.twice != nil && s.twice(op), s.goOn
 	s.mu.Unlock()
 	if holds {
