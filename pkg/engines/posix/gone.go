@@ -65,3 +65,9 @@ func (d *Directory) answers() error {
 	}
 	return nil
 }
+
+// deletePending says whether a failure to look at a file means that it was deleted, and somebody has it open. (A failure to
+// open one could also mean that somebody keeps others from opening it.)
+func (d *Directory) deletePending(err error) bool {
+	return d.options.DeletePending && err == unix.EBUSY
+}

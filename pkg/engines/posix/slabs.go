@@ -220,7 +220,9 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 			return nil
 		}
 		st, err := statat(folder, name)
-		if err == unix.ENOENT || err == unix.ESTALE {
+		if d.deletePending(err) {
+			return nil
+		} else if err == unix.ENOENT || err == unix.ESTALE {
 			missing[name] = err // deleted meanwhile
 			return nil
 		} else if err != nil {

@@ -135,6 +135,11 @@ func (d *Directory) readTags(ctx context.Context, class string, names []string) 
 			var buf tagBuffer
 			for i := r; i < len(names); i += readers {
 				tag, err := d.readTag(folder, names[i], &buf)
+				if errors.Is(err, unix.EBUSY) {
+					if _, look := statat(folder, d.onDisk(names[i])); d.deletePending(look) {
+						continue
+					}
+				}
 				switch {
 				case err == nil:
 					tags[i] = tag
