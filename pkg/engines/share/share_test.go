@@ -389,3 +389,24 @@ func within(t *testing.T, limit time.Duration, what string, f func()) {
 		t.Errorf("%s took %s, more than %s", what, took, limit)
 	}
 }
+
+// TestATreesMountIsOfTheDomainsStorage: when the server's name leads to another one by now, which has a copy of the
+// volume, nothing is attached there.
+func TestATreesMountIsOfTheDomainsStorage(t *testing.T) {
+	f := newFar(t)
+	e := f.open(t)
+	ok(t, e.CreateSlab(t.Context(), tree("t")))
+	with := engine.AttachOptions{MountOptions: []string{"opt=yes"}}
+	mounts := len(mountsBelow(t, f.mounts))
+	restored := t.TempDir()
+	ok(t, os.CopyFS(restored, os.DirFS(f.dir)))
+	f.Move(restored)
+	_, err := e.AttachSlab(t.Context(), "t", with)
+	fails(t, err, fault.Unavailable, `slab "t"`, "another storage", "restart")
+	if n := len(mountsBelow(t, f.mounts)); n != mounts {
+		t.Errorf("%d mounts are left of the attempt", n-mounts)
+	}
+	f.Move(f.dir)
+	_, err = e.AttachSlab(t.Context(), "t", with)
+	ok(t, err)
+}

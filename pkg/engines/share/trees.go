@@ -29,6 +29,7 @@ type attached struct {
 	engine.Attachment
 	kind   engine.Kind
 	folder string // below the domain's
+	inode  uint64 // of what users see, in the domain's mount
 }
 
 // AttachSlab implements engine.Engine.
@@ -42,9 +43,13 @@ func (e *Engine) AttachSlab(ctx context.Context, id string, opts engine.AttachOp
 		if err != nil {
 			return attached{}, err
 		}
-		f.Close() // was only read
+		defer f.Close() // was only read
+		var st unix.Stat_t
+		if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+			return attached{}, posix.Fault(&os.PathError{Op: "stat", Path: f.Name(), Err: err})
+		}
 		a, err := d.AttachSlab(ctx, id, engine.AttachOptions{ReadOnly: opts.ReadOnly})
-		return attached{a, slab.Kind, d.Inside(id)}, err
+		return attached{a, slab.Kind, d.Inside(id), st.Ino}, err
 	})
 	switch {
 	case err != nil:
@@ -52,7 +57,7 @@ func (e *Engine) AttachSlab(ctx context.Context, id string, opts engine.AttachOp
 	case a.kind == engine.Block && len(opts.MountOptions) > 0:
 		return none, fault.New(fault.Invalid, "slab %q is a block slab: it is not mounted from the share, and takes no mount options", id)
 	case a.kind == engine.Tree && (len(opts.MountOptions) > 0 || e.storage.TreesApart && e.storage.Mount != nil):
-		return e.attachTree(ctx, id, a.folder, opts.MountOptions)
+		return e.attachTree(ctx, id, a, opts.MountOptions)
 	}
 	return a.Attachment, nil
 }
@@ -67,7 +72,7 @@ func (e *Engine) checkOptions(opts engine.AttachOptions) error {
 
 // attachTree gives a tree slab a mount of its own. Who attaches it with other options (a copy, with
 // none) has another one.
-func (e *Engine) attachTree(ctx context.Context, id, folder string, options []string) (engine.Attachment, error) {
+func (e *Engine) attachTree(ctx context.Context, id string, found attached, options []string) (engine.Attachment, error) {
 	if m, ok := e.treeMount(id, options); ok {
 		_, err := bounded(ctx, e, slabWords(id), e.limits.probe, func(context.Context) (struct{}, error) {
 			var st unix.Stat_t
@@ -85,18 +90,14 @@ func (e *Engine) attachTree(ctx context.Context, id, folder string, options []st
 		return engine.Attachment{}, err
 	}
 	m := treeMount{options: append([]string{}, options...), point: point} // never nil, which is the domain's own mount
-	if err := e.mount(ctx, path.Join(e.storage.Folder, folder), point, m.options); err != nil {
+	if err := e.mount(ctx, path.Join(e.storage.Folder, found.folder), point, m.options); err != nil {
 		if errors.Is(err, fault.NotFound) { // it was there a moment ago
 			err = fault.New(fault.Unavailable, "slab %q cannot be mounted from the share: %w", id, err)
 		}
 		return engine.Attachment{}, errors.Join(err, os.Remove(point))
 	}
 	_, err = bounded(ctx, e, slabWords(id), e.limits.tag, func(context.Context) (struct{}, error) {
-		info, err := os.Lstat(m.data())
-		if err == nil && !info.IsDir() {
-			err = unix.ENOTDIR
-		}
-		return struct{}{}, posix.Fault(err)
+		return struct{}{}, posix.Fault(e.checkTree(id, m, found))
 	}, nil)
 	if err != nil {
 		return engine.Attachment{}, errors.Join(err, unmount(ctx, e.host, point))
@@ -105,6 +106,24 @@ func (e *Engine) attachTree(ctx context.Context, id, folder string, options []st
 	e.trees[id] = append(e.trees[id], m)
 	e.mu.Unlock()
 	return engine.Attachment{Path: m.data()}, nil
+}
+
+// checkTree says with nil that a new mount shows the slab that was found in the domain's. The server's name may lead to
+// another machine by now, where a volume of the same name is an older one, or a copy.
+func (e *Engine) checkTree(id string, m treeMount, found attached) error {
+	var st unix.Stat_t
+	err := unix.Lstat(m.data(), &st)
+	if err == nil && st.Mode&unix.S_IFMT != unix.S_IFDIR {
+		err = unix.ENOTDIR
+	}
+	if err != nil {
+		return &os.PathError{Op: "stat", Path: m.data(), Err: err}
+	}
+	if st.Ino != found.inode {
+		return fault.New(fault.Unavailable, "slab %q: a new mount of %s leads to another storage than the domain's mount, which is older (its directory has the inode number %d there, and %d here): "+
+			"nothing is written to it; let the name lead to the server that the domain is on, or, if it has moved for good, restart this node's agent", id, e.storage.Location, st.Ino, found.inode)
+	}
+	return nil
 }
 
 func (e *Engine) treeMount(id string, options []string) (treeMount, bool) {
