@@ -2,6 +2,7 @@ package posix
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -23,15 +24,33 @@ func (d *Directory) gone(ctx context.Context, dir *os.File, name string, missing
 		return nil
 	}
 	err := d.each(ctx, dir, name, func(folder *os.File, name string) error {
-		if why := missing[name]; why != nil {
-			return fault.New(fault.Unavailable, "%s is listed, and cannot be found: %w", filepath.Join(folder.Name(), name), why)
+		why := missing[name]
+		if why == nil || d.deletePending(folder, name) {
+			return nil
 		}
-		return nil
+		return fault.New(fault.Unavailable, "%s is listed, and cannot be found: %w", filepath.Join(folder.Name(), name), why)
 	})
 	if err != nil {
 		return err
 	}
 	return d.answers()
+}
+
+// mayBeGone says whether a failure to find, open or look at something may mean that it is deleted.
+func (d *Directory) mayBeGone(err error) bool {
+	return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESTALE) || errors.Is(err, unix.EBUSY) && d.options.DeletePending
+}
+
+// deletePending says whether a name that is listed is of a deleted file that somebody still has open. To look at one that is there
+// succeeds, also while somebody keeps others from opening it.
+func (d *Directory) deletePending(folder *os.File, name string) bool {
+	return d.options.DeletePending && unix.ENOENT == d.again(func() error {
+		_, err := statat(folder, name)
+		if err == unix.EBUSY {
+			return unix.ENOENT
+		}
+		return err
+	})
 }
 
 // again does once more what has found nothing to do (unix.ENOENT), while the storage answers.
@@ -64,10 +83,4 @@ func (d *Directory) answers() error {
 		}
 	}
 	return nil
-}
-
-// deletePending says whether a failure to look at a file means that it was deleted, and somebody has it open. (A failure to
-// open one could also mean that somebody keeps others from opening it.)
-func (d *Directory) deletePending(err error) bool {
-	return d.options.DeletePending && err == unix.EBUSY
 }

@@ -17,8 +17,14 @@ import (
 // TestAShareThatIsBrieflyAwayLosesNothing: what cannot be found while it is away is neither left out of a listing nor
 // taken for deleted, and is all there when the share is back.
 func TestAShareThatIsBrieflyAwayLosesNothing(t *testing.T) {
+	for name, o := range map[string]Options{"NFS": {Refresh: true}, "SMB": {DeletePending: true}, "any other": {}} {
+		t.Run(name, func(t *testing.T) { losesNothing(t, o) })
+	}
+}
+
+func losesNothing(t *testing.T, o Options) {
 	s, dir, point := onShare(t)
-	d := openWith(t, point, Options{})
+	d := openWith(t, point, o)
 	for i := range 5 {
 		ok(t, d.CreateTag(t.Context(), engine.Tag{Name: fmt.Sprintf("i.%d", i)}))
 	}
@@ -39,6 +45,7 @@ func TestAShareThatIsBrieflyAwayLosesNothing(t *testing.T) {
 		{"tags of which there are none, when nothing is found", farfs.Lookup, unix.ENOENT, func() error { return listTags("n.") }},
 		{"slabs, before its exports", farfs.Lookup, unix.ESTALE, listSlabs},
 		{"slabs, when nothing is found", farfs.Lookup, unix.ENOENT, listSlabs},
+		{"slabs, when everything is busy", farfs.Lookup, unix.EBUSY, listSlabs},
 		{"deletion of a tag", farfs.Lookup, unix.ENOENT, func() error { return d.DeleteTag(t.Context(), "i.0") }},
 		{"deletion of a block slab", farfs.Lookup, unix.ENOENT, func() error { return d.DeleteSlab(t.Context(), "b") }},
 		{"deletion of a tree slab", farfs.Lookup, unix.ENOENT, func() error { return d.DeleteSlab(t.Context(), "t") }},

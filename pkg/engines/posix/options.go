@@ -28,7 +28,7 @@ type Options struct {
 	// where they are mandatory): none are taken.
 	NoLocks bool
 	// DeletePending says that what was deleted while another host has it open is listed until that one closes it, and
-	// is EBUSY for everybody else who opens it or looks at it (SMB).
+	// is EBUSY or ENOENT for everybody else who opens it or looks at it (SMB: which of them, the kernel's version says).
 	DeletePending bool
 	// NoLeases says that a lease on a file (fcntl) does not tell whether somebody on this host has it
 	// open: the client of a share gives one only where its server gave it the file.

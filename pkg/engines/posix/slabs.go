@@ -220,9 +220,7 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 			return nil
 		}
 		st, err := statat(folder, name)
-		if d.deletePending(err) {
-			return nil
-		} else if err == unix.ENOENT || err == unix.ESTALE {
+		if d.mayBeGone(err) {
 			missing[name] = err // deleted meanwhile
 			return nil
 		} else if err != nil {

@@ -135,15 +135,10 @@ func (d *Directory) readTags(ctx context.Context, class string, names []string) 
 			var buf tagBuffer
 			for i := r; i < len(names); i += readers {
 				tag, err := d.readTag(folder, names[i], &buf)
-				if errors.Is(err, unix.EBUSY) {
-					if _, look := statat(folder, d.onDisk(names[i])); d.deletePending(look) {
-						continue
-					}
-				}
 				switch {
 				case err == nil:
 					tags[i] = tag
-				case errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ESTALE):
+				case d.mayBeGone(err):
 					skipped[i] = err
 				default:
 					return err
