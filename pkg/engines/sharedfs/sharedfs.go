@@ -1,6 +1,8 @@
 // Package sharedfs is the engine for a POSIX file system that the nodes have mounted already, of
-// whatever type: CephFS, Lustre, GPFS, BeeGFS, NFS, ... It knows none of them. What the file system
-// has to do is tried at opening, and what it does not do beside that is in the domain's notes.
+// whatever type: CephFS, Lustre, GPFS, BeeGFS, ... It knows none of them. What the file system
+// has to do is tried at opening, and what it does not do beside that is in the domain's notes. NFS, SMB and
+// Gluster are refused: as they are mounted by others their clients break promises that no trial can see broken, and
+// each has an engine that mounts it as it has to be.
 //
 // What it must never do is to take a node's own disk for the file system, where that is not
 // mounted: see check.
@@ -75,6 +77,7 @@ func Open(ctx context.Context, params map[string]string, h *host.Local) (engine.
 			return err
 		},
 		Copies: !local,
+		Posix:  posix.Options{NoLeases: !local},
 	})
 }
 
@@ -118,7 +121,7 @@ func resolve(path string) (string, error) {
 	return real, nil
 }
 
-// check names the type of the file system at a path, as the kernel does, and refuses one of this host
+// check names the type of the file system at a path, as the kernel does, and refuses one that has an engine of its own, and one of this host
 // alone unless that is allowed. Where a share is not mounted, its path leads to the node's own disk, and
 // an empty domain would be found there: volumes would be lost from sight, and others made where no other
 // node finds them. In a container that disk is not the one of "/", so the type has to tell as well.
@@ -135,6 +138,9 @@ func check(h *host.Local, path string, local bool) (fsType string, err error) {
 	if !ok {
 		return "", fault.New(fault.Internal, "no mount in /proc/self/mountinfo holds %s", path)
 	}
+	if instead := ownEngine(m.Type); instead != "" {
+		return "", fault.New(fault.Invalid, "parameter %q: %s is in a file system of type %s (mounted at %s): as it is mounted there, a node may not see what another has just done; use engine %s, which mounts it by itself", paramPath, path, m.Type, m.Point, instead)
+	}
 	if fsType = strings.TrimPrefix(m.Type, "fuse."); local {
 		return fsType, nil
 	}
@@ -146,6 +152,20 @@ func check(h *host.Local, path string, local bool) (fsType string, err error) {
 		return "", fault.New(fault.Unavailable, "parameter %q: %s is in a file system of type %s (mounted at %s), which is of this node alone: %s", paramPath, path, m.Type, m.Point, advice)
 	}
 	return fsType, nil
+}
+
+// ownEngine is the engine to use for a type of file system whose client remembers names, sizes or content for a while unless it is
+// mounted with the right options, or needs more than that; "": this one.
+func ownEngine(fsType string) string {
+	switch fsType {
+	case "nfs", "nfs4":
+		return "nfs3 or nfs4"
+	case "cifs", "smb3":
+		return "smb"
+	case "fuse.glusterfs":
+		return "gluster"
+	}
+	return ""
 }
 
 // mountOf is the mount that a path without links leads to: the last of those with the longest mount point.

@@ -127,3 +127,34 @@ func TestAShareThatDoesNotAnswer(t *testing.T) {
 	}
 	server.Release()
 }
+
+// TestSharesWithAnEngineOfTheirOwnAreRefused: their clients remember too much for a domain, as others mount them.
+func TestSharesWithAnEngineOfTheirOwnAreRefused(t *testing.T) {
+	dir, point := t.TempDir(), t.TempDir()
+	ok(t, farfs.New(t, dir).MountAs("fuse.glusterfs", "", point))
+	for _, params := range []map[string]string{{"path": point}, {"path": point, "allowLocal": "true"}} {
+		refused(t, params, fault.Invalid, "fuse.glusterfs", point, "use engine gluster")
+	}
+	empty(t, dir)
+	for fsType, instead := range map[string]string{"nfs": "nfs3 or nfs4", "nfs4": "nfs3 or nfs4", "cifs": "smb", "smb3": "smb", "ceph": "", "fuse.ceph-fuse": "", "ext4": ""} {
+		if have := ownEngine(fsType); have != instead {
+			t.Errorf("instead of %s on sharedfs: engine %q, want %q", fsType, have, instead)
+		}
+	}
+}
+
+// TestImportsWithoutLeases: that a file system gives no lease on a file, since others have it open or because it gives none at all, does
+// not keep it from being imported.
+func TestImportsWithoutLeases(t *testing.T) {
+	dir, point := t.TempDir(), t.TempDir()
+	ok(t, farfs.New(t, dir).Mount("", point))
+	e, err := Open(t.Context(), map[string]string{"path": point}, host.NewLocal(host.Exec{}))
+	ok(t, err)
+	defer func() { ok(t, e.Close()) }()
+	ok(t, os.Mkdir(filepath.Join(dir, "import"), 0o755))
+	ok(t, os.WriteFile(filepath.Join(dir, "import", "disk.img"), make([]byte, 4096), 0o644))
+	open, err := os.Open(filepath.Join(point, "import", "disk.img")) // the kernel gives no lease now
+	ok(t, err)
+	defer open.Close()
+	ok(t, e.(engine.Importer).ImportSlab(t.Context(), "disk.img", engine.SlabSpec{ID: "a", Kind: engine.Block, Size: 4096}))
+}

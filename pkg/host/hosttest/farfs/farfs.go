@@ -109,7 +109,10 @@ func New(t testing.TB, dir string) *Server {
 }
 
 // Mount mounts a folder of the share. unix.ENOENT: there is none.
-func (s *Server) Mount(folder, target string) error {
+func (s *Server) Mount(folder, target string) error { return s.MountAs("fuse.farfs", folder, target) }
+
+// MountAs is Mount with another type of file system ("fuse.glusterfs") in the kernel's list of mounts.
+func (s *Server) MountAs(fsType, folder, target string) error {
 	s.mu.Lock()
 	dir := filepath.Join(s.dir, folder)
 	s.mu.Unlock()
@@ -125,7 +128,7 @@ func (s *Server) Mount(folder, target string) error {
 		return errors.Join(err, unix.Close(root))
 	}
 	options := "fd=" + strconv.Itoa(dev) + ",rootmode=40000,user_id=0,group_id=0,allow_other"
-	if err := unix.Mount("farfs", target, "fuse.farfs", unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
+	if err := unix.Mount("farfs", target, fsType, unix.MS_NOSUID|unix.MS_NODEV, options); err != nil {
 		return errors.Join(err, unix.Close(dev), unix.Close(root))
 	}
 	c := &conn{server: s, dev: dev, point: target, served: make(chan struct{}),
