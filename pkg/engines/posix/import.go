@@ -118,12 +118,17 @@ func (d *Directory) ImportSlab(ctx context.Context, source string, spec engine.S
 	if err := f.Sync(); err != nil {
 		return Fault(err)
 	}
-	err = unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), int(d.slabs.Fd()), d.onDisk(spec.ID), unix.AT_SYMLINK_FOLLOW)
-	if errors.Is(err, unix.EEXIST) {
-		return fault.New(fault.Exists, "slab %q exists and is not %s", spec.ID, f.Name())
-	}
+	err = uninterrupted(func() error {
+		return unix.Linkat(unix.AT_FDCWD, fmt.Sprintf("/proc/self/fd/%d", f.Fd()), int(d.slabs.Fd()), d.onDisk(spec.ID), unix.AT_SYMLINK_FOLLOW)
+	})
 	if err != nil {
-		return Fault(&os.LinkError{Op: "link", Old: f.Name(), New: filepath.Join(d.slabs.Name(), d.onDisk(spec.ID)), Err: err})
+		err := &os.LinkError{Op: "link", Old: f.Name(), New: filepath.Join(d.slabs.Name(), d.onDisk(spec.ID)), Err: err}
+		switch lost := lostReply(err, f, d.slabs, d.onDisk(spec.ID)); {
+		case errors.Is(lost, unix.EEXIST) && !errors.Is(lost, fault.Unavailable):
+			return fault.New(fault.Exists, "slab %q exists and is not %s", spec.ID, f.Name())
+		case lost != nil:
+			return Fault(lost)
+		}
 	}
 	// Another import of the file may have come between: then both see it, and neither goes on.
 	if err := unix.Fstat(int(f.Fd()), &st); err != nil {

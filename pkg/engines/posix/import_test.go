@@ -15,6 +15,7 @@ import (
 
 	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
+	"github.com/quarry-csi/quarry/pkg/host/hosttest/farfs"
 )
 
 func importing(t *testing.T) (d *Directory, put func(name string, size int64) string) {
@@ -203,5 +204,22 @@ func importedAtOnce(t *testing.T, prepare func(path string), first func()) {
 				t.Fatalf("%s holds something else: %v", name, err)
 			}
 		}
+	}
+}
+
+// TestAnImportWhoseReplyIsLost was done, whatever comes of the second request.
+func TestAnImportWhoseReplyIsLost(t *testing.T) {
+	s, dir, point := onShare(t)
+	d := openWith(t, point, Options{NoLeases: true})
+	ok(t, os.Mkdir(filepath.Join(dir, "import"), 0o755))
+	ok(t, os.WriteFile(filepath.Join(dir, "import", "disk.img"), make([]byte, 4096), 0o644))
+	s.Twice(func(op farfs.Op) bool { return op == farfs.Link })
+	ok(t, d.ImportSlab(t.Context(), "disk.img", spec("s1", 4096)))
+	s.Twice(nil)
+	ok(t, os.WriteFile(filepath.Join(dir, "import", "other.img"), make([]byte, 4096), 0o644))
+	fails(t, d.ImportSlab(t.Context(), "other.img", spec("s1", 4096)), fault.Exists)
+	ok(t, d.KeepSlab(t.Context(), "disk.img", "s1"))
+	if there(filepath.Join(dir, "import", "disk.img")) || !there(filepath.Join(dir, "slabs", "s1")) {
+		t.Error("the import was not finished")
 	}
 }
