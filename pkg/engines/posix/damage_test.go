@@ -1,6 +1,7 @@
 package posix
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -184,8 +185,8 @@ func TestStrangersAreNoTagsAndNoSlabs(t *testing.T) {
 	}
 }
 
-// TestCleanRemovesOnlyWhatIsDead: trees in the trash, and what this host left
-// in tmp/ a day ago.
+// TestCleanRemovesOnlyWhatIsDead: trees in the trash, what this host left in tmp/, and
+// what any host left there long ago, as a pod does that never comes back.
 func TestCleanRemovesOnlyWhatIsDead(t *testing.T) {
 	path := t.TempDir()
 	d := open(t, path)
@@ -197,8 +198,18 @@ func TestCleanRemovesOnlyWhatIsDead(t *testing.T) {
 		ok(t, os.Chtimes(file, when, when))
 		return file
 	}
-	dead := []string{make("trash/"+d.unique(), time.Now()), make("trash/00000000.X", time.Now()), make("tmp/"+d.unique(), old)}
-	alive := []string{make("tmp/"+d.unique(), time.Now()), make("tmp/00000000.OTHERHOST", old)}
+	dead := []string{make("trash/"+d.unique(), time.Now()), make("trash/00000000.X", time.Now()), make("tmp/"+d.unique(), old), make("tmp/00000000.OTHERHOST", old)}
+	alive := []string{make("tmp/"+d.unique(), time.Now()), make("tmp/00000000.ANOTHER", old.Add(2*time.Hour))}
+	for name, when := range map[string]time.Time{"tmp/00000000.OLDCOPY": old, "tmp/00000000.COPY": time.Now()} {
+		file := filepath.Join(path, name)
+		ok(t, os.WriteFile(file, bytes.Repeat([]byte("copied"), 1<<20), 0o600))
+		ok(t, os.Chtimes(file, when, when))
+		if when == old {
+			dead = append(dead, file)
+		} else {
+			alive = append(alive, file)
+		}
+	}
 	// Of what is neither new nor old, the lock tells.
 	recent := time.Now().Add(-10 * time.Second)
 	dead = append(dead, make("tmp/"+d.unique(), recent))

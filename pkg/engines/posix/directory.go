@@ -35,13 +35,15 @@ import (
 	"github.com/quarry-csi/quarry/pkg/fault"
 )
 
-// What is in tmp/ is locked (flock) by who makes it. A left-over that nobody
+// What is in tmp/ is locked (flock) by who makes it. A left-over of this host that nobody
 // holds is swept at the age of abandonedAfter, which only bridges the moment
 // between making and locking; at deadAfter whatever the lock says, because some
-// storages have none. No verb takes that long.
+// storages have none, and whoever made it: an agent's host name may be that of a pod, which never
+// comes back. Nothing stays unchanged that long while somebody works on it: of a copy, which may take longer, each
+// step is a write. What is swept all the same gets no other name any more, and the verb fails.
 const (
 	abandonedAfter = 2 * time.Second
-	deadAfter      = 24 * time.Hour
+	deadAfter      = 7 * 24 * time.Hour
 )
 
 // Trees makes the data directories of tree slabs. A storage with something
@@ -170,7 +172,7 @@ func (d *Directory) Unmake() error {
 func (d *Directory) Path() string { return d.path }
 
 // Clean removes what earlier processes left: trees that were deleted, and what
-// this host began and nobody works on any more. Other processes may be at work here.
+// was begun and nobody works on any more. Other processes may be at work here.
 func (d *Directory) Clean(ctx context.Context) error {
 	err := d.removeAll(ctx, d.trash, "trash", func(string) bool { return true })
 	now, probe := time.Time{}, d.unique()
@@ -184,11 +186,11 @@ func (d *Directory) Clean(ctx context.Context) error {
 	errProbe = errors.Join(f.Close(), unlinkat(d.tmp, probe, 0))
 	return errors.Join(err, Fault(errProbe), d.removeAll(ctx, d.tmp, "tmp", func(name string) bool {
 		info, err := d.root.Lstat("tmp/" + name)
-		if err != nil || !strings.HasPrefix(name, d.host) {
+		if err != nil {
 			return false
 		}
 		age := now.Sub(info.ModTime())
-		return age > deadAfter || age > abandonedAfter && d.abandoned(name)
+		return age > deadAfter || strings.HasPrefix(name, d.host) && age > abandonedAfter && d.abandoned(name)
 	}))
 }
 
