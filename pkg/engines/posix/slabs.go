@@ -294,6 +294,9 @@ func (d *Directory) Inside(id string) string { return "slabs/" + d.onDisk(id) }
 // InsideTree is where the data of a tree slab is, below the directory.
 func (d *Directory) InsideTree(id string) string { return d.Inside(id) + "/data" }
 
+// ErrElsewhere is of a path that leads to something else than what was opened there, and is still open.
+var ErrElsewhere = errors.New("does not lead to the directory that was opened: something was mounted or unmounted there")
+
 // AttachSlab implements engine.Engine: nothing needs to be done on the host.
 func (d *Directory) AttachSlab(ctx context.Context, id string, opts engine.AttachOptions) (engine.Attachment, error) {
 	if err := errors.Join(engine.CheckName("slab ID", id), engine.NoMountOptions(opts), Fault(ctx.Err())); err != nil {
@@ -312,8 +315,12 @@ func (d *Directory) AttachSlab(ctx context.Context, id string, opts engine.Attac
 	if err != nil {
 		return engine.Attachment{}, Fault(err)
 	}
-	if there, err := os.Lstat(path); err != nil || !os.SameFile(opened, there) {
-		return engine.Attachment{}, fault.New(fault.Unavailable, "%s does not lead to the directory that was opened: something was mounted or unmounted there", d.path)
+	there, err := os.Lstat(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return engine.Attachment{}, Fault(err)
+	}
+	if err != nil || !os.SameFile(opened, there) {
+		return engine.Attachment{}, fault.New(fault.Unavailable, "%s %w", d.path, ErrElsewhere)
 	}
 	return engine.Attachment{Path: path}, nil
 }

@@ -148,7 +148,7 @@ func (e *Engine) answers(ctx context.Context, p *place) error {
 }
 
 // stale says whether a failure is of the mount and not of what was asked: the server has forgotten the
-// file handles that it gave out, or the FUSE process is gone.
+// file handles that it gave out, the FUSE process is gone, or something else was mounted at the path.
 func stale(err error) bool {
-	return errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) || errors.Is(err, errRetired)
+	return errors.Is(err, posix.ErrElsewhere) || errors.Is(err, unix.ESTALE) || errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) || errors.Is(err, errRetired)
 }

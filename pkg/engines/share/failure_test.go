@@ -309,3 +309,30 @@ func eventually(t *testing.T, f func() error) {
 		time.Sleep(10 * time.Millisecond)
 	}
 }
+
+// TestAPathThatWasMountedAnew: what is open of the old mount answers, but leads nowhere any more for those who get a path. It is
+// opened anew if it is the same storage, as soon as it is there.
+func TestAPathThatWasMountedAnew(t *testing.T) {
+	f := newFar(t)
+	path := t.TempDir()
+	ok(t, f.Mount("", path))
+	refuse := error(nil)
+	local := host.NewLocal(host.Exec{})
+	e, err := Open(t.Context(), local, f.mounts, Storage{Type: "path", Location: path, Path: path, CheckPath: func(string) error { return refuse }})
+	ok(t, err)
+	defer func() { ok(t, e.Close()) }()
+	ok(t, e.CreateSlab(t.Context(), slab("a")))
+	attach := func() error { _, err := e.AttachSlab(t.Context(), "a", engine.AttachOptions{}); return err }
+	ok(t, local.UnmountLazily(t.Context(), path))
+	refuse = fault.New(fault.Unavailable, "nothing is mounted there")
+	fails(t, attach(), fault.Unavailable, "nothing is mounted there", "does not lead to")
+	refuse = nil
+	fails(t, attach(), fault.Unavailable, "another storage is in its place")
+	ok(t, f.Mount("", path))
+	ok(t, attach())
+	a, err := e.AttachSlab(t.Context(), "a", engine.AttachOptions{})
+	ok(t, err)
+	if _, err := os.Stat(a.Path); err != nil {
+		t.Error(err)
+	}
+}

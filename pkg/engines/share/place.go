@@ -196,7 +196,8 @@ func (e *Engine) replace(ctx context.Context, old *place, why error) error {
 	_, dead := bounded(ctx, e, "a sign of life", e.limits.probe, func(context.Context) (struct{}, error) {
 		return using(old, func() (struct{}, error) { return struct{}{}, old.dir.Alive() })
 	}, nil)
-	if !stale(dead) { // it is what was asked for that is stale
+	// What was unmounted lazily, and mounted again, is alive for whoever has it open.
+	if !stale(dead) && !errors.Is(why, posix.ErrElsewhere) { // it is what was asked for that is stale
 		return errors.Join(dead, why)
 	}
 	fresh, err := e.open(ctx, e.identity)
