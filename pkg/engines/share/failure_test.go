@@ -336,3 +336,47 @@ func TestAPathThatWasMountedAnew(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestAFirstLookThatComesLate removes nothing: what it has made is another opening's by then.
+func TestAFirstLookThatComesLate(t *testing.T) {
+	for name, c := range map[string]struct {
+		refuse unix.Errno // what is answered to the one that is late
+		waits  bool       // for the answer
+	}{
+		"it can be no domain, and nobody waits": {unix.EPERM, false},
+		"it is not known what it can be":        {unix.EIO, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			f := newFar(t)
+			f.Refuse(farfs.Link, c.refuse)
+			f.Hang(func(op farfs.Op) bool { return op == farfs.Link })
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			local := host.NewLocal(host.Exec{})
+			opened := make(chan error, 1)
+			go func() { _, err := Open(ctx, local, f.mounts, f.storage()); opened <- err }()
+			f.Held(t)
+			f.Refuse(farfs.Link, 0)
+			if !c.waits {
+				cancel()
+				if err := <-opened; err == nil {
+					t.Fatal("it was opened")
+				}
+			}
+			f.Hang(nil)
+			later := f.open(t)
+			f.Release()
+			if c.waits {
+				fails(t, <-opened, fault.Unavailable)
+			}
+			eventually(t, func() error {
+				if n := local.Abandoned(); n > 0 {
+					return fmt.Errorf("%d calls still hang", n)
+				}
+				return nil
+			})
+			ok(t, later.CreateSlab(t.Context(), slab("a")))
+			ok(t, later.CreateTag(t.Context(), engine.Tag{Name: "i.a.1"}))
+		})
+	}
+}

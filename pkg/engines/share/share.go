@@ -133,7 +133,8 @@ func (e *Engine) first(ctx context.Context) error {
 	tried, err := bounded(ctx, e, "the first look at", e.limits.open, func(ctx context.Context) (posix.Tried, error) {
 		return using(p, func() (posix.Tried, error) {
 			t, err := p.dir.Try(ctx)
-			if err != nil && !errors.Is(err, fault.Exhausted) {
+			// Another opening may be at work here by the time that one fails for which nobody waits any more.
+			if (errors.Is(err, fault.Invalid) || errors.Is(err, fault.Permission)) && ctx.Err() == nil {
 				return t, errors.Join(err, p.dir.Unmake())
 			}
 			return t, err
