@@ -330,8 +330,8 @@ func (m *Manager) hiddenSnapshot(ctx context.Context, op *operation, src *image,
 }
 
 // cloneSnapshot fills the slab of a new volume from an image that never
-// changes: natively where the domain can, else by a layer, else by a copy that can be
-// resumed.
+// changes: natively where the domain can, else by a layer, else by a copy inside the storage, else by one
+// that can be resumed.
 func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *image, spec engine.SlabSpec, from int64) (how, error) {
 	defer src.read()()
 	rec, slab := src.snapshot()
@@ -346,21 +346,26 @@ func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *im
 			return how{}, err
 		}
 	} else if from == 0 {
-		err := engine.ErrDeclined
-		var h how
 		if rec.Chunk == 0 {
-			h, err = m.cloneNative(ctx, op, src.d, slab, spec)
+			if h, err := m.cloneNative(ctx, op, src.d, slab, spec); !errors.Is(err, engine.ErrDeclined) {
+				return h, err
+			}
 		}
-		if !errors.Is(err, engine.ErrDeclined) {
-			return h, err
+		only := src.d.now().NativeOnly
+		if !only { // before a copy in the storage: that takes the longer the more there is
+			if err := m.canLayer(ctx, src); err == nil {
+				return m.cloneLayer(ctx, op, src, dst, spec)
+			} else if !errors.Is(err, fault.Unsupported) {
+				return how{}, err
+			}
 		}
-		if src.d.now().NativeOnly {
+		if rec.Chunk == 0 {
+			if h, err := m.copyNative(ctx, op, src.d, slab, spec); !errors.Is(err, engine.ErrDeclined) {
+				return h, err
+			}
+		}
+		if only {
 			return how{}, src.d.nativeOnly("clone", rec.layout())
-		}
-		if err := m.canLayer(ctx, src); err == nil {
-			return m.cloneLayer(ctx, op, src, dst, spec)
-		} else if !errors.Is(err, fault.Unsupported) {
-			return how{}, err
 		}
 	}
 	checkpoint := dst.checkpoint(ctx)
@@ -376,23 +381,22 @@ func (m *Manager) cloneSnapshot(ctx context.Context, op *operation, src, dst *im
 }
 
 // cloneNative clones a quiescent slab inside the storage. engine.ErrDeclined:
-// take the default.
+// take the next best way.
 func (m *Manager) cloneNative(ctx context.Context, op *operation, d *domain, slab string, spec engine.SlabSpec) (how, error) {
-	if d.caps.Cloner != nil {
-		op.stepf("cloning natively")
-		err := d.caps.Cloner.CloneSlab(ctx, slab, spec)
-		if !errors.Is(err, engine.ErrDeclined) {
-			return how{native: true, reason: "clone"}, err
-		}
+	if d.caps.Cloner == nil {
+		return how{}, engine.ErrDeclined
 	}
-	if d.caps.Copier != nil {
-		op.stepf("copying inside the storage")
-		err := d.caps.Copier.CopySlab(ctx, slab, spec, func(done int64) { op.progress(done, spec.Size) })
-		if !errors.Is(err, engine.ErrDeclined) {
-			return how{native: true, reason: "copy in the storage"}, err
-		}
+	op.stepf("cloning natively")
+	return how{native: true, reason: "clone"}, d.caps.Cloner.CloneSlab(ctx, slab, spec)
+}
+
+// copyNative lets the storage copy a quiescent slab. engine.ErrDeclined: take the default.
+func (m *Manager) copyNative(ctx context.Context, op *operation, d *domain, slab string, spec engine.SlabSpec) (how, error) {
+	if d.caps.Copier == nil {
+		return how{}, engine.ErrDeclined
 	}
-	return how{}, engine.ErrDeclined
+	op.stepf("copying inside the storage")
+	return how{native: true, reason: "copy in the storage"}, d.caps.Copier.CopySlab(ctx, slab, spec, func(done int64) { op.progress(done, spec.Size) })
 }
 
 // checkpoint returns a function that seals how far a copy into img is durable.

@@ -46,3 +46,28 @@ func TestALayerOnAShareHasChunksOfOnePage(t *testing.T) {
 	r.snapshot("of large", large) // a copy, of a hole
 	chain(large, 0)
 }
+
+// copying is an engine whose storage copies slabs, of which there is only emptiness, and does nothing else natively.
+type copying struct{ engine.Engine }
+
+func (e copying) CopySlab(ctx context.Context, _ string, spec engine.SlabSpec, _ func(int64)) error {
+	return e.CreateSlab(ctx, spec)
+}
+
+// A copy inside the storage takes the longer the more there is, and a layer does not.
+func TestACloneIsALayerBeforeACopyInTheStorage(t *testing.T) {
+	for want, layers := range map[string]bool{"default: layer": true, "native: copy in the storage": false} {
+		t.Run(want, func(t *testing.T) {
+			r := newRig(t, "a")
+			r.wrap = func(e engine.Engine) engine.Engine { return copying{engine.Minimal(e)} }
+			if layers {
+				r.mapAgents = &layering{agents: r.agents, merging: map[string]bool{}}
+			}
+			r.start()
+			v := r.volume("v", "a", 32*mib)
+			if got := r.from("clone", "a", r.snapshot("s", v), 64*mib); got.How != want {
+				t.Errorf("the clone was made as %q", got.How)
+			}
+		})
+	}
+}
