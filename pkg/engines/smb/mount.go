@@ -114,12 +114,13 @@ func (v *volume) own() []string {
 	return []string{
 		"uid=" + strconv.Itoa(os.Geteuid()), "gid=" + strconv.Itoa(os.Getegid()), "forceuid", "forcegid",
 		"file_mode=0600", "dir_mode=0700", "noexec",
-		// Reads and writes go to the server: with a cache, a loop device's direct I/O fails, and what
-		// it has written waits in the memory of this node.
-		"cache=none",
+		// Without a lease (below) there is nothing to cache by: reads and writes go to the server. In this mode they
+		// do so whole; with "none" a loop device's would be a request for each stretch of memory, often a page.
+		"cache=strict",
 		// Names and sizes are the server's at every look, also those of the share's root.
 		"actimeo=0", "nohandlecache",
-		// No leases: under them the kernel keeps closed files open for a second, and serves from its memory.
+		// No leases: under them the kernel keeps closed files open for a second, serves from its memory, and
+		// refuses a loop device's direct I/O.
 		"nolease",
 		// flock stays on this host. At the server it would be a mandatory lock of all of the file:
 		// a slab that grows while it is in use would fail its user's reads and writes.

@@ -31,7 +31,7 @@ func address() netip.AddrPort { return netip.MustParseAddrPort("192.0.2.1:445") 
 
 func TestTheDomainsMountHidesNothingFromOtherHosts(t *testing.T) {
 	data := volumeOf(t, nil).data(address(), nil)
-	for _, o := range []string{"ip=192.0.2.1", "port=445", "hard", "serverino", "cache=none", "actimeo=0", "nohandlecache", "nobrl", "sec=ntlmssp"} {
+	for _, o := range []string{"ip=192.0.2.1", "port=445", "hard", "serverino", "cache=strict", "nolease", "actimeo=0", "nohandlecache", "nobrl", "sec=ntlmssp"} {
 		if !slices.Contains(data, o) {
 			t.Errorf("option %s is missing", o)
 		}
