@@ -65,13 +65,21 @@ func (d *Devices) Thin(ctx context.Context) ([]Thin, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []Thin
+	var all []Thin
+	var files []host.Loop
 	for _, m := range w.mapped {
 		if !isSlab(m.UUID) {
 			continue
 		}
-		if lp := w.writes(m); lp != nil && !d.whole(ctx, *lp) {
-			out = append(out, Thin{Name: m.Name, File: lp.Backing, FS: lp.Dev, Inode: lp.Inode, device: m})
+		if lp := w.writes(m); lp != nil {
+			all = append(all, Thin{Name: m.Name, File: lp.Backing, FS: lp.Dev, Inode: lp.Inode, device: m})
+			files = append(files, *lp)
+		}
+	}
+	var out []Thin
+	for i, whole := range d.whole(ctx, files) {
+		if !whole {
+			out = append(out, all[i])
 		}
 	}
 	return out, nil
@@ -102,8 +110,30 @@ func (w *world) writable(num string) bool {
 	})
 }
 
-// whole says whether a loop device's file certainly has all its space.
-func (d *Devices) whole(ctx context.Context, lp host.Loop) bool {
+// whole says which loop devices' files certainly have all their space. Storages are asked at the same time,
+// and one that does not answer for a file is asked for no other.
+func (d *Devices) whole(ctx context.Context, files []host.Loop) []bool {
+	out := make([]bool, len(files))
+	on := map[uint64][]int{}
+	for i, lp := range files {
+		on[lp.Dev] = append(on[lp.Dev], i)
+	}
+	var all sync.WaitGroup
+	for _, storage := range on {
+		all.Go(func() {
+			for _, i := range storage {
+				var err error
+				if out[i], err = d.isWhole(ctx, files[i]); errors.Is(err, fault.Unavailable) {
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	return out
+}
+
+func (d *Devices) isWhole(ctx context.Context, lp host.Loop) (bool, error) {
 	var st unix.Stat_t
 	err := d.host().Within(ctx, "stat "+lp.Backing, thinLimit, func() error {
 		var now unix.Stat_t
@@ -113,7 +143,7 @@ func (d *Devices) whole(ctx context.Context, lp host.Loop) bool {
 		st = now
 		return nil
 	})
-	return err == nil && st.Dev == lp.Dev && st.Ino == lp.Inode && st.Blocks*512 >= lp.Size
+	return err == nil && st.Dev == lp.Dev && st.Ino == lp.Inode && st.Blocks*512 >= lp.Size, err
 }
 
 // below are the UUIDs of our devices on which one stands, however deep.
