@@ -41,7 +41,6 @@ package block
 
 import (
 	"context"
-	"errors"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -281,13 +280,17 @@ func (dev Device) Switchable() bool { return dev.mapped != nil }
 
 // Detach writes out and takes the device down, and everything below it that
 // nobody else uses; where it is paused, that goes on by itself. fault.InUse: it is in use.
+// fault.Unavailable: as of Let.
 func (d *Devices) Detach(ctx context.Context, dev Device) error {
 	if dev.loop != nil {
 		return d.host().DetachLoop(ctx, *dev.loop)
 	}
 	done, err := d.Let(dev)
 	defer done()
-	return errors.Join(err, d.detach(ctx, dev))
+	if err != nil {
+		return err
+	}
+	return d.detach(ctx, dev)
 }
 
 // attachLoop builds the device of a single slab as a loop device.

@@ -112,6 +112,9 @@ func (d *Devices) awake(ctx context.Context, w *world, m host.Mapped) (host.Mapp
 	case m.Suspended && d.pausedFor(m.UUID) != "":
 		return m, waits(m.Name, d.pausedFor(m.UUID))
 	case m.Suspended:
+		if err := d.endFailed(ctx, w, m); err != nil {
+			return m, err
+		}
 		if err := d.host().ResumeMapped(ctx, m); err != nil {
 			return m, err
 		}
@@ -165,7 +168,7 @@ func (d *Devices) reload(ctx context.Context, w *world, m host.Mapped, ready fun
 		err = d.host().LoadMapped(ctx, m, m.ReadOnly, table)
 	}
 	if err != nil {
-		return m, errors.Join(err, d.host().ClearMapped(after, m), s.Resume())
+		return m, errors.Join(err, d.host().ClearMapped(after, m), d.goOn(after, s, m))
 	}
 	if err := s.Resume(); err != nil {
 		// It had been resumed, and what was loaded then may read otherwise by now.

@@ -19,12 +19,37 @@ import (
 )
 
 // frail makes a layer whose slab is a block device that can be broken from a
-// chunk of the store on, for everything or for reads, and mended.
+// chunk of the store on, and mended.
 func (r *rig) frail(name string, size int64) (_ Slab, broken func(from int64), mended func()) {
+	s, room, disk, put := r.replaceable(name, size)
+	return s, func(from int64) {
+			at := from * s.Chunk / 512
+			put(fmt.Sprintf("0 %d linear %s 0\n%d %d error\n", at, disk, at, room/512-at))
+		}, func() {
+			put(fmt.Sprintf("0 %d linear %s 0\n", room/512, disk))
+		}
+}
+
+// full makes a layer whose slab is a block device that can be made to refuse writes.
+func (r *rig) full(name string, size int64) (_ Slab, refuse func(bool)) {
+	s, room, disk, put := r.replaceable(name, size)
+	refuse = func(refuses bool) {
+		table := "linear %[2]s 0\n"
+		if refuses {
+			table = "flakey %[2]s 0 0 3600 1 error_writes\n"
+		}
+		put(fmt.Sprintf("0 %[1]d "+table, room/512, disk))
+	}
+	r.Cleanup(func() { refuse(false) })
+	return s, refuse
+}
+
+// replaceable makes a layer whose slab is a device with a table that a test may put.
+func (r *rig) replaceable(name string, size int64) (_ Slab, room int64, disk string, put func(table string)) {
 	r.Helper()
 	chunk := layer.ChunkSize(size)
-	room := layer.StoreSize(size, chunk)
-	disk := lab.Loop(r.T, room)
+	room = layer.StoreSize(size, chunk)
+	disk = lab.Loop(r.T, room)
 	s := Slab{ID: "d/" + name, Path: "/dev/mapper/" + name, Size: size, Chunk: chunk}
 	setup := func(stdin string, args ...string) {
 		r.Helper()
@@ -50,17 +75,11 @@ func (r *rig) frail(name string, size int64) (_ Slab, broken func(from int64), m
 	r.must(err)
 	r.must(layer.Format(f, chunk))
 	r.must(f.Close())
-	put := func(table string) {
+	return s, room, disk, func(table string) {
 		setup(table, "load", name)
 		setup("", "suspend", "--nolockfs", "--noflush", name)
 		setup("", "resume", name)
 	}
-	return s, func(from int64) {
-			at := from * chunk / 512
-			put(fmt.Sprintf("0 %d linear %s 0\n%d %d error\n", at, disk, at, room/512-at))
-		}, func() {
-			put(fine)
-		}
 }
 
 func TestAStoreThatFailsKeepsWhatWasAcknowledged(t *testing.T) {

@@ -2,6 +2,7 @@ package block
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -144,7 +145,7 @@ func (d *Devices) left(ctx context.Context, m host.Mapped) (int64, error) {
 	switch status {
 	case "Invalid":
 		return 0, invalidStore(m)
-	case "Merge failed":
+	case host.MergeFailed:
 		return 0, mergeFailed(m)
 	case "Overflow": // hides how much there is: the store tells
 		empty, err := d.emptyStore(ctx, m)
@@ -197,6 +198,7 @@ func (d *Devices) endMerge(ctx context.Context, w *world, m host.Mapped, under s
 
 // StopMerge lets a layer, given by its slab's ID, be a layer again, with what is not moved yet. One that
 // is not merging, was merged, or has no device here is success. fault.Corrupt: as of Merge.
+// fault.Unavailable: as of Let.
 func (d *Devices) StopMerge(ctx context.Context, slab string) error {
 	unlock, err := d.lock(ctx, Spec{Slabs: []Slab{{ID: slab}}})
 	if err != nil {
@@ -212,8 +214,16 @@ func (d *Devices) StopMerge(ctx context.Context, slab string) error {
 		return nil
 	}
 	// To stop writes nothing but what is under way.
-	done, err := d.let(append(w.below(*old), old.UUID))
+	done, err := d.let(w.below(*old))
 	defer done()
+	if err != nil {
+		return err
+	}
+	if err := d.stopPaused(ctx, w, *old); err != nil {
+		return err
+	}
+	goneOn, err := d.let([]string{old.UUID})
+	defer goneOn()
 	if err != nil {
 		return err
 	}
@@ -223,6 +233,67 @@ func (d *Devices) StopMerge(ctx context.Context, slab string) error {
 	m, err := d.awake(ctx, w, *old)
 	if err == nil && read(m).kind == "snapshot-merge" {
 		_, err = d.stopMerge(ctx, w, m)
+	}
+	return err
+}
+
+// stopPaused lets a merge that is paused go on as a layer, when it does.
+func (d *Devices) stopPaused(ctx context.Context, w *world, m host.Mapped) error {
+	d.mu.Lock()
+	p := d.paused[m.UUID]
+	stays := p == nil || p.atOnce
+	d.mu.Unlock()
+	t := read(m)
+	if t.kind != "snapshot-merge" || !m.Suspended || stays {
+		return nil
+	}
+	if err := d.host().LoadMapped(ctx, m, m.ReadOnly, layered("snapshot", t.under, t.store, t.chunk, t.length)); err != nil {
+		return err
+	}
+	return d.flush(ctx, []string{w.path(t.under)}) // as stopMerge does
+}
+
+// endFailed gives a suspended device on which a merge has failed the table of a layer, for
+// the next resume: over another device with the same content, so that the kernel reads the
+// store from disk, and does not hand on what it remembers of it.
+func (d *Devices) endFailed(ctx context.Context, w *world, m host.Mapped) error {
+	t := read(m)
+	if t.kind != "snapshot-merge" || m.Inactive {
+		return nil
+	}
+	if status, err := d.status(ctx, m); err != nil || status != host.MergeFailed {
+		return err
+	}
+	under, err := "", error(nil)
+	if pad := w.uuid(padOf(m.UUID)); pad != nil && number(pad.Major, pad.Minor) == t.under {
+		under = read(*pad).under // a pad is all parent while it merges
+	} else if under, err = d.pad(ctx, w, m.UUID, t.under, m.Size, m.Size); err != nil {
+		return err
+	}
+	if err := d.host().LoadMapped(ctx, m, m.ReadOnly, layered("snapshot", under, t.store, t.chunk, t.length)); err != nil {
+		return err
+	}
+	d.changes.Add(1)
+	return d.flush(ctx, []string{w.path(t.under)})
+}
+
+// goOn ends the suspension of a device. Where a merge has failed it goes on as a layer.
+func (d *Devices) goOn(ctx context.Context, still *host.Suspension, m host.Mapped) error {
+	err := still.Resume()
+	if errors.Is(err, fault.Corrupt) {
+		return d.wake(ctx, m)
+	}
+	return err
+}
+
+func (d *Devices) wake(ctx context.Context, m host.Mapped) error {
+	w, err := d.look(ctx)
+	if err != nil {
+		return err
+	}
+	now, err := d.again(ctx, w, m)
+	if err == nil {
+		_, err = d.awake(ctx, w, now)
 	}
 	return err
 }

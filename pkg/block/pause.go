@@ -44,8 +44,10 @@ type Thin struct {
 // paused is a device whose I/O waits.
 type paused struct {
 	Thin
-	why   string
-	still *host.Suspension
+	why string
+	// atOnce: there is not enough space to let it go on, not even to be taken down.
+	atOnce bool
+	still  *host.Suspension // nil: it is only being paused
 }
 
 // Changes counts what may have changed devices: as long as it is the same, so is Thin, but
@@ -165,13 +167,18 @@ func (w *world) below(m host.Mapped) (out []string) {
 // Pause lets I/O to devices wait until Unpause; why is told to those whose work is refused
 // for it. Somebody has to call Keep all the time: else it ends after SuspendLimit, or
 // with this process. What is paused, or has gone, is left alone, and unless it has to be
-// at once what is let, too.
+// at once what is let, too; so is a merge that has failed: its store takes no more exceptions,
+// and to resume it is not safe.
 //
 // fault.Pending: other work on these devices is going on; at once it is not waited for, and may fail.
 func (d *Devices) Pause(ctx context.Context, list []Thin, why string, atOnce bool) error {
 	d.mu.Lock()
 	list = slices.DeleteFunc(slices.Clone(list), func(t Thin) bool {
-		return d.paused[t.device.UUID] != nil || d.letting[t.device.UUID] > 0 && !atOnce
+		p := d.paused[t.device.UUID]
+		if p != nil {
+			p.why, p.atOnce = why, atOnce
+		}
+		return p != nil || d.letting[t.device.UUID] > 0 && !atOnce
 	})
 	d.mu.Unlock()
 	if len(list) == 0 {
@@ -193,22 +200,84 @@ func (d *Devices) Pause(ctx context.Context, list []Thin, why string, atOnce boo
 	errs := make([]error, len(list))
 	var all sync.WaitGroup
 	for i, t := range list {
-		all.Go(func() {
-			still, err := d.host().SuspendAll(ctx, []host.Mapped{t.device}, SuspendLimit)
-			if err == nil {
-				d.mu.Lock()
-				defer d.mu.Unlock()
-				if d.paused == nil {
-					d.paused = map[string]*paused{}
-				}
-				d.paused[t.device.UUID] = &paused{t, why, still}
-			} else if !errors.Is(err, fault.NotFound) {
-				errs[i] = err
-			}
-		})
+		all.Go(func() { errs[i] = d.pause(ctx, &paused{Thin: t, why: why, atOnce: atOnce}) })
 	}
 	all.Wait()
 	return errors.Join(errs...)
+}
+
+func (d *Devices) pause(ctx context.Context, p *paused) error {
+	failed, err := d.failed(ctx, p.device)
+	switch {
+	case errors.Is(err, fault.NotFound) || failed && p.atOnce:
+		return nil
+	case failed: // and if it could not go on before, it may now
+		return d.wake(ctx, p.device)
+	case err != nil:
+		return err
+	}
+	// It is noted first: who finds it suspended takes it for left over otherwise.
+	if !d.note(p) {
+		return nil
+	}
+	still, err := d.host().SuspendAll(ctx, []host.Mapped{p.device}, SuspendLimit)
+	if err == nil {
+		// The last that was under way may have failed.
+		failed, err = d.failed(ctx, p.device)
+	}
+	if err == nil && !failed && d.noted(p, still) {
+		return nil
+	}
+	d.forget(p)
+	if still != nil {
+		err = errors.Join(err, over(d.goOn(context.WithoutCancel(ctx), still, p.device)))
+	}
+	if errors.Is(err, fault.NotFound) {
+		return nil
+	}
+	return err
+}
+
+// failed says whether a device has a merge that failed.
+func (d *Devices) failed(ctx context.Context, m host.Mapped) (bool, error) {
+	if read(m).kind != "snapshot-merge" {
+		return false, nil
+	}
+	status, err := d.status(ctx, m)
+	return status == host.MergeFailed, err
+}
+
+// note enters what is about to be paused; false: it is already, or has been let meanwhile.
+func (d *Devices) note(p *paused) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.paused[p.device.UUID] != nil || d.letting[p.device.UUID] > 0 && !p.atOnce {
+		return false
+	}
+	if d.paused == nil {
+		d.paused = map[string]*paused{}
+	}
+	d.paused[p.device.UUID] = p
+	return true
+}
+
+// noted says whether what was noted, and is suspended now, is to stay so.
+func (d *Devices) noted(p *paused, still *host.Suspension) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.paused[p.device.UUID] != p {
+		return false
+	}
+	p.still = still
+	return true
+}
+
+func (d *Devices) forget(p *paused) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.paused[p.device.UUID] == p {
+		delete(d.paused, p.device.UUID)
+	}
 }
 
 // Paused returns what is paused.
@@ -217,7 +286,9 @@ func (d *Devices) Paused() []Thin {
 	defer d.mu.Unlock()
 	var out []Thin
 	for _, p := range d.paused {
-		out = append(out, p.Thin)
+		if p.still != nil {
+			out = append(out, p.Thin)
+		}
 	}
 	return out
 }
@@ -245,7 +316,7 @@ func (d *Devices) Keep(ctx context.Context) error {
 		d.mu.Lock()
 		p := d.paused[t.device.UUID]
 		d.mu.Unlock()
-		if p == nil {
+		if p == nil || p.still == nil {
 			continue
 		}
 		ended := p.still.Renew() != nil
@@ -281,9 +352,17 @@ func (d *Devices) resume(uuid string, only *paused) error {
 		return nil
 	}
 	delete(d.paused, uuid)
+	still := p.still
 	d.mu.Unlock()
-	err := p.still.Resume()
-	if err == nil || errors.Is(err, fault.Conflict) || errors.Is(err, fault.NotFound) { // it was over before
+	if still == nil { // who is pausing it finds out
+		return nil
+	}
+	return over(still.Resume())
+}
+
+// over is nil where a suspension had ended before.
+func over(err error) error {
+	if errors.Is(err, fault.Conflict) || errors.Is(err, fault.NotFound) {
 		return nil
 	}
 	return err
@@ -291,10 +370,18 @@ func (d *Devices) resume(uuid string, only *paused) error {
 
 // Let lets I/O of a device, and of all below it, go on until done, though it is paused: what
 // waits is written, so that the device can be taken down. Only what has to be paused at once is again.
+//
+// fault.Unavailable: something was paused at once. Nothing goes on.
 func (d *Devices) Let(dev Device) (done func(), err error) { return d.let(dev.below) }
 
 func (d *Devices) let(uuids []string) (done func(), err error) {
 	d.mu.Lock()
+	for _, u := range uuids {
+		if p := d.paused[u]; p != nil && p.atOnce {
+			d.mu.Unlock()
+			return func() {}, fault.New(fault.Unavailable, "device %s cannot be written out: %s", p.Name, p.why)
+		}
+	}
 	if d.letting == nil {
 		d.letting = map[string]int{}
 	}

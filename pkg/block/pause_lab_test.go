@@ -2,10 +2,12 @@ package block
 
 import (
 	"bufio"
+	"context"
 	"encoding/json"
 	"errors"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -143,6 +145,16 @@ func TestAPausedDeviceIsWrittenOutAndTakenDown(t *testing.T) {
 		t.Error("what has to be paused at once is not")
 	}
 	done()
+	unavailable := func(what string, err error) {
+		t.Helper()
+		if !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "a test") || len(r.d.Paused()) != 1 {
+			t.Errorf("%s: %v; %d are paused", what, err, len(r.d.Paused()))
+		}
+	}
+	_, err = r.d.Let(found[0])
+	unavailable("let", err)
+	unavailable("detached", r.d.Detach(bg, found[0]))
+	r.must(r.d.Pause(bg, r.thin(), "a test", false))
 	r.detach(found[0])
 	if left := r.left(); left != "" {
 		t.Errorf("left is %s", left)
@@ -187,6 +199,164 @@ func TestAPausedMergeStopsAndGoesOn(t *testing.T) {
 	r.verify("stopped", dev.Path, size, c)
 	r.merge(chain...)
 	r.verify("merged", dev.Path, size, c)
+}
+
+// What has to be paused at once stays so, whoever asks how often that a merge is stopped.
+func TestAMergeWithoutSpaceIsNotStopped(t *testing.T) {
+	r := newRig(t)
+	const size = 64 * mib
+	base, over := r.raw("base", size), r.layer("over", size)
+	dev := r.attach(spec(over, base))
+	c := content{}
+	r.write(dev.Path, c, 2, every(0, 4*per, size)...)
+	begun, err := r.d.Merge(bg, []Slab{over, base})
+	r.must(err)
+	if begun.Done {
+		t.Fatal("it was too fast for this test")
+	}
+	list := r.thin()
+	r.must(r.d.Pause(bg, list, "a test", false))
+	r.must(r.d.Pause(bg, list, "now at once", true))
+	stored := r.stored(over)
+	for range 3 {
+		if err := r.d.StopMerge(bg, over.ID); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), "now at once") {
+			t.Errorf("stopped: %v", err)
+		}
+	}
+	if now := r.stored(over); now != stored || len(r.d.Paused()) != 1 {
+		t.Errorf("it goes on: %d chunks, then %d; %d are paused", stored, now, len(r.d.Paused()))
+	}
+	// When there is space, what is paused does not merge once more to be stopped.
+	r.must(r.d.Pause(bg, list, "a test", false))
+	k := &recorder{kernel: r.d.Host}
+	r.d.kernel = k
+	r.must(r.d.StopMerge(bg, over.ID))
+	r.d.kernel = nil
+	if now := r.stored(over); now != stored || slices.Contains(k.log, "suspend") {
+		t.Errorf("it went on: %d chunks, then %d: %v", stored, now, k.log)
+	}
+	r.verify("stopped", dev.Path, size, c)
+	r.merge(over, base)
+	r.verify("merged", dev.Path, size, c)
+}
+
+// late is a kernel in which something happens just before and after a suspend.
+type late struct {
+	kernel
+	before, after func()
+}
+
+func (k *late) SuspendAll(ctx context.Context, m []host.Mapped, limit time.Duration) (*host.Suspension, error) {
+	if k.before != nil {
+		k.before()
+	}
+	s, err := k.kernel.SuspendAll(ctx, m, limit)
+	if k.after != nil {
+		k.after()
+	}
+	return s, err
+}
+
+func TestWhatIsBeingPausedIsKnown(t *testing.T) {
+	r := newRig(t)
+	const size = 4 * mib
+	base, over := r.raw("base", size), r.layer("over", size)
+	dev := r.attach(spec(over, base))
+	w := r.writer(dev.Path)
+	found, err := r.d.Find(bg, owner)
+	r.must(err)
+	done := func() {}
+	r.d.kernel = &late{kernel: r.d.Host, before: func() {
+		if done, err = r.d.Let(found[0]); err != nil {
+			t.Error(err)
+		}
+	}}
+	r.must(r.d.Pause(bg, r.thin(), "a test", false))
+	if n := len(r.d.Paused()); n != 0 {
+		t.Errorf("%d are paused that were let meanwhile", n)
+	}
+	w.further(t)
+	done()
+	r.d.kernel = &late{kernel: r.d.Host, after: func() {
+		_, err := r.d.Attach(bg, spec(over, base)) // and not: resumed, as what is left over
+		r.refused("attached", err)
+		if _, err := r.d.Let(found[0]); !errors.Is(err, fault.Unavailable) {
+			t.Errorf("let: %v", err)
+		}
+	}}
+	r.must(r.d.Pause(bg, r.thin(), "a test", true))
+	if !strings.Contains(r.tables(), "suspended=true") || len(r.d.Paused()) != 1 {
+		t.Errorf("it is not paused:\n%s", r.tables())
+	}
+	r.d.kernel = nil
+	r.must(r.d.Unpause(r.d.Paused()))
+	w.further(t)
+}
+
+// A merge that fails because nothing can be written to its layer any more begins again with every
+// resume, and its first step would be to put the layer's header over the image's first chunk.
+func TestAMergeThatFailsIsNotBegunAgain(t *testing.T) {
+	for name, then := range map[string]func(r *rig, over Slab, failed func()){
+		"failed and paused": func(r *rig, _ Slab, failed func()) {
+			failed()
+			r.must(r.d.Pause(bg, r.thin(), "a test", false))
+			if n := len(r.d.Paused()); n != 0 {
+				r.Errorf("%d are paused", n)
+			}
+		},
+		"paused as it fails": func(r *rig, _ Slab, failed func()) {
+			r.d.kernel = &late{kernel: r.d.Host, before: failed}
+			r.must(r.d.Pause(bg, r.thin(), "a test", false))
+			r.d.kernel = nil
+			if n := len(r.d.Paused()); n != 0 {
+				r.Errorf("%d are paused", n)
+			}
+		},
+		"stopped as it fails": func(r *rig, over Slab, failed func()) {
+			r.d.kernel = &late{kernel: r.d.Host, before: failed}
+			if err := r.d.StopMerge(bg, over.ID); !errors.Is(err, fault.Corrupt) {
+				r.Errorf("stopped: %v", err)
+			}
+			r.d.kernel = nil
+			r.must(r.d.StopMerge(bg, over.ID))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			const size = 32 * mib
+			base := r.raw("base", size)
+			over, refuse := r.full("over", size)
+			dev := r.attach(spec(base))
+			c := content{}
+			r.write(dev.Path, c, 1, 0, 1, 2)
+			r.change(over, base)
+			r.write(dev.Path, c, 2, every(4*per, 4*per, size)...)
+			_, err := r.d.Merge(bg, []Slab{over, base})
+			r.must(err)
+			m, err := r.d.Host.MappedByUUID(bg, slabUUID(over.ID))
+			r.must(err)
+			then(r, over, func() {
+				refuse(true)
+				waitFor(t, func() bool {
+					status, err := r.d.status(bg, *m)
+					r.must(err)
+					return status == host.MergeFailed
+				})
+			})
+			if strings.Contains(r.tables(), "suspended=true") {
+				t.Errorf("left is\n%s", r.tables())
+			}
+			time.Sleep(time.Second) // a merge that goes on is that fast
+			r.verify("after the merge failed", dev.Path, size, c)
+			refuse(false)
+			r.detach(dev)
+			dev = r.attach(spec(over, base))
+			r.verify("attached again", dev.Path, size, c)
+			r.write(dev.Path, c, 3, every(per, 16*per, size)...)
+			r.merge(over, base)
+			r.verify("merged", dev.Path, size, c)
+		})
+	}
 }
 
 // TestAPauseEndsWithItsAgent, and the next one takes over.

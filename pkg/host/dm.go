@@ -328,7 +328,7 @@ func (l *Local) suspend(ctx context.Context, m Mapped, freeze bool, limit time.D
 		done, stop = true, left
 		mu.Unlock()
 		if stop {
-			_, err = dmDo(control, unix.DM_DEV_SUSPEND, dmRequest{UUID: m.UUID, Event: dmUdev})
+			err = dmResume(control, m.UUID)
 		}
 		return err
 	})
@@ -356,9 +356,41 @@ func (l *Local) suspend(ctx context.Context, m Mapped, freeze bool, limit time.D
 
 // ResumeMapped puts the inactive table in force, if there is one, and lets
 // I/O go on. A device that is not suspended is, for the moment of the change.
+//
+// fault.Corrupt: a merge on it has failed, and there is no other table: it stays suspended.
 func (l *Local) ResumeMapped(ctx context.Context, m Mapped) error {
-	_, err := l.dm(ctx, "resume", flush, unix.DM_DEV_SUSPEND, dmRequest{UUID: m.UUID, Event: dmUdev})
+	_, err := guarded(ctx, &l.guard, "device-mapper: resume "+m.UUID, flush, func() (struct{}, error) {
+		control, err := l.control(ctx)
+		if err == nil {
+			err = dmResume(control, m.UUID)
+		}
+		return struct{}{}, err
+	})
 	return dmError("resume", m.Name, err)
+}
+
+// MergeFailed is the state of a snapshot-merge target whose merge met an error.
+const MergeFailed = "Merge failed"
+
+// dmResume refuses to resume a merge that has failed: the kernel begins it again then, with what
+// it remembers of the store. That may differ from the disk, and the store's header be taken
+// for the image's first chunk.
+func dmResume(control int, uuid string) error {
+	now, err := dmDo(control, unix.DM_TABLE_STATUS, dmRequest{UUID: uuid, Flags: unix.DM_NOFLUSH_FLAG})
+	if err != nil {
+		return err
+	}
+	if now.Flags&(unix.DM_SUSPEND_FLAG|unix.DM_INACTIVE_PRESENT_FLAG) == unix.DM_SUSPEND_FLAG {
+		targets, err := now.table()
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(targets, func(t Target) bool { return t.Type == "snapshot-merge" && t.Params == MergeFailed }) {
+			return fault.New(fault.Corrupt, "resume device %s: a merge on it has failed, and would go on wrongly: it stays suspended until it has another table", now.Name)
+		}
+	}
+	_, err = dmDo(control, unix.DM_DEV_SUSPEND, dmRequest{UUID: uuid, Event: dmUdev})
+	return err
 }
 
 // RemoveMapped takes a device down; one that is gone already is success.

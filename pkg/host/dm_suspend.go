@@ -151,7 +151,8 @@ func (s *Suspension) Renew() error {
 // fault.Conflict: the suspension had ended before, by its limit or by somebody
 // else's hand, on some of the devices or all; what was read, flushed or loaded
 // meanwhile is no one point in time. Nothing stays suspended, but a table that was
-// loaded afterwards is still inactive: ClearMapped or ResumeMapped. Any other error: a
+// loaded afterwards is still inactive: ClearMapped or ResumeMapped. fault.Corrupt: as of
+// ResumeMapped; the watchdog has gone, too. Any other error: a
 // device is still suspended, and the watchdog keeps trying until its limit.
 func (s *Suspension) Resume() error {
 	if s.local == nil || s.dog == nil {
@@ -178,7 +179,11 @@ func (s *Suspension) Resume() error {
 		}
 		still = append(still, m)
 	}
-	if err := s.resume(still); err != nil {
+	switch err := s.resume(still); {
+	case errors.Is(err, fault.Corrupt): // nobody must resume it
+		s.dismiss()
+		return err
+	case err != nil:
 		_ = s.dog.close() // which makes it resume as well
 		return err
 	}
@@ -255,7 +260,8 @@ func (s *Suspension) names() string {
 
 // ResumeLeft resumes the devices with a UUID prefix that an agent that died
 // left suspended, and returns them as they were before. Inactive tables come
-// into force: see SuspendAll. Those of devices that are not suspended stay.
+// into force: see SuspendAll. Those of devices that are not suspended stay. What ResumeMapped
+// refuses to resume stays, too.
 func (l *Local) ResumeLeft(ctx context.Context, uuidPrefix string) ([]Mapped, error) {
 	all, err := l.Mapped(ctx, uuidPrefix)
 	if err != nil {
@@ -272,7 +278,7 @@ func (l *Local) ResumeLeft(ctx context.Context, uuidPrefix string) ([]Mapped, er
 			err = nil
 		}
 		if err != nil {
-			if !errors.Is(err, fault.NotFound) {
+			if !errors.Is(err, fault.NotFound) && !errors.Is(err, fault.Corrupt) {
 				errs = append(errs, err)
 			}
 			continue
