@@ -134,13 +134,13 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 	if err != nil {
 		return err
 	}
-	if err := n.Start(ctx); err != nil {
-		return err
-	}
+	n.Start(ctx)
 
 	group, ctx := errgroup.WithContext(ctx)
+	// What is being answered may need the controller to its end.
+	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
+	group.Go(func() error { return n.Guard(linked) })
 	ready := &atomic.Bool{}
-	ready.Store(true)
 	if metricsSocket != nil {
 		group.Go(func() error {
 			return admin.Serve(ctx, metricsSocket, metrics.handler(ready, func(_ context.Context, w io.Writer) {
@@ -150,14 +150,17 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 			}), adminGrace)
 		})
 	}
-	// What is being answered may need the controller to its end.
-	linked, unlink := context.WithCancel(context.WithoutCancel(ctx))
+	if err := n.Clean(ctx); err != nil {
+		unlink()
+		group.Go(func() error { return err }) // ends the others
+		return group.Wait()
+	}
+	ready.Store(true)
 	group.Go(func() error {
 		defer unlink()
 		return service.Serve(ctx, o.csi.String())
 	})
 	group.Go(func() error { return link.Run(linked, n, work) })
-	group.Go(func() error { return n.Guard(linked) })
 	if o.registrationDir != "" {
 		group.Go(func() error {
 			return kube.Register(ctx, kube.RegistrationConfig{SocketDir: o.registrationDir, DriverName: cmp.Or(o.driverName, csi.DriverName), Endpoint: o.kubeletEndpoint}, nil)

@@ -72,17 +72,20 @@ func standalone(ctx context.Context, o *options) (err error) {
 	if err != nil {
 		return err
 	}
-	if err := agent.Start(ctx); err != nil {
-		return err
-	}
+	agent.Start(ctx)
 
 	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return agent.Guard(ctx) })
 	ready := &atomic.Bool{}
 	if metricsSocket != nil {
 		group.Go(func() error {
 			return admin.Serve(ctx, metricsSocket, metrics.handler(ready, domainsOf(manager)), adminGrace)
 		})
 		klog.FromContext(ctx).Info("Serving metrics and health", "address", metricsSocket.Addr().String())
+	}
+	if err := agent.Clean(ctx); err != nil {
+		group.Go(func() error { return err }) // ends the others
+		return group.Wait()
 	}
 	opening := &openers{manager: manager, open: here(storages{registry: registry, node: o.nodeID, watch: remote.Silence, local: host.NewLocal(host.Exec{}), started: metrics.engineStarted})}
 	// The manager closes when nobody asks it any more, and nothing is being opened.
@@ -120,7 +123,6 @@ func standalone(ctx context.Context, o *options) (err error) {
 		return nil
 	})
 	group.Go(func() error { return service.Serve(ctx, o.csi.String()) })
-	group.Go(func() error { return agent.Guard(ctx) })
 	about := admin.Version{
 		Version: version, Go: runtime.Version(), Platform: runtime.GOOS + "/" + runtime.GOARCH,
 		Node: o.nodeID, Installation: o.installation, Driver: cmp.Or(o.driverName, csi.DriverName),

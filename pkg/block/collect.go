@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"sync"
 
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
@@ -65,10 +66,10 @@ func (d *Devices) Collect(ctx context.Context, domain string) error {
 	return d.collect(ctx, names)
 }
 
-// Recover is what a starting agent calls before anything else: it resumes what a
-// killed one left suspended and takes down what no top uses. It returns the names
-// of what was suspended.
-func (d *Devices) Recover(ctx context.Context) (resumed []string, err error) {
+// Resume is what a starting agent calls before anything else: it resumes what a
+// killed one left suspended, and returns the names of that. It waits for no storage: what
+// does not go on at once is CollectAll's.
+func (d *Devices) Resume(ctx context.Context) (resumed []string, err error) {
 	if err := d.Layers(ctx); fault.KindOf(err) == fault.Unsupported && err != nil {
 		return nil, nil
 	} else if err != nil {
@@ -78,9 +79,14 @@ func (d *Devices) Recover(ctx context.Context) (resumed []string, err error) {
 	for _, m := range left {
 		resumed = append(resumed, m.Name)
 	}
-	w, lookErr := d.look(ctx)
-	if lookErr != nil {
-		return resumed, errors.Join(err, lookErr)
+	return resumed, err
+}
+
+// CollectAll is Collect for every domain of which there is anything. They do not wait for each other.
+func (d *Devices) CollectAll(ctx context.Context) error {
+	w, err := d.look(ctx)
+	if err != nil {
+		return err
 	}
 	var domains []string
 	for _, m := range w.mapped {
@@ -90,19 +96,37 @@ func (d *Devices) Recover(ctx context.Context) (resumed []string, err error) {
 		domains = append(domains, domainOf(lp.Mark))
 	}
 	slices.Sort(domains)
-	errs := []error{err}
-	for _, name := range slices.Compact(domains) {
-		if name == "" {
+	domains = slices.Compact(domains)
+	errs := make([]error, len(domains))
+	var all sync.WaitGroup
+	for i, name := range domains {
+		if name != "" {
+			all.Go(func() { errs[i] = d.tidy(ctx, w, name) })
+		}
+	}
+	all.Wait()
+	return errors.Join(errs...)
+}
+
+// tidy wakes the devices of a domain that Resume could not, and takes down what no top uses.
+func (d *Devices) tidy(ctx context.Context, w *world, domain string) error {
+	unlock, err := d.lockDomains(ctx, []string{domain})
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	var errs []error
+	for _, m := range w.mapped {
+		if domainOf(m.UUID) != domain || !m.Suspended {
 			continue
 		}
-		unlock, err := d.lockDomains(ctx, []string{name})
-		if err != nil {
-			return resumed, errors.Join(append(errs, err)...)
+		failed, err := d.failed(ctx, m)
+		if failed {
+			err = d.wake(ctx, m)
 		}
-		errs = append(errs, d.collect(ctx, []string{name}))
-		unlock()
+		errs = append(errs, err)
 	}
-	return resumed, errors.Join(errs...)
+	return errors.Join(append(errs, d.collect(ctx, []string{domain}))...)
 }
 
 // collect removes the layers, pads and loop devices of domains, given by their hashes,

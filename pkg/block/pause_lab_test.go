@@ -320,6 +320,17 @@ func TestAMergeThatFailsIsNotBegunAgain(t *testing.T) {
 			r.d.kernel = nil
 			r.must(r.d.StopMerge(bg, over.ID))
 		},
+		"left suspended": func(r *rig, over Slab, failed func()) {
+			failed()
+			m, err := r.d.Host.MappedByUUID(bg, slabUUID(over.ID))
+			r.must(err)
+			r.must(r.d.Host.SuspendMapped(bg, *m, false))
+			if err := r.d.Host.ResumeMapped(bg, *m); !errors.Is(err, fault.Corrupt) {
+				r.Errorf("resumed: %v", err)
+			}
+			_, err = devices().Recover(bg)
+			r.must(err)
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			r := newRig(t)

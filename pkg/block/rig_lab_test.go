@@ -62,6 +62,12 @@ func newRig(t *testing.T) *rig {
 // devices is what a new agent starts with.
 func devices() *Devices { return &Devices{Host: host.NewLocal(host.Exec{})} }
 
+// Recover is what a new agent does.
+func (d *Devices) Recover(ctx context.Context) (resumed []string, err error) {
+	resumed, err = d.Resume(ctx)
+	return resumed, errors.Join(err, d.CollectAll(ctx))
+}
+
 // left names what there is of ours in the kernel.
 func (r *rig) left() string {
 	h := host.NewLocal(host.Exec{})

@@ -272,15 +272,13 @@ func (n *Node) endReads(ctx context.Context, chain image.Staging) error {
 	return nil
 }
 
-// dropPrivate takes down the private devices that a predecessor left: copies
+// dropPrivate takes down a device that a predecessor left, if it is a private one: copies
 // begin again, and merges are begun again by the Image Manager.
-func (n *Node) dropPrivate(ctx context.Context, devices []block.Device) {
-	for _, d := range devices {
-		if d.Use != block.Private {
-			continue
-		}
-		if err := n.devices.Detach(ctx, d); err != nil && !errors.Is(err, fault.InUse) {
-			klog.FromContext(ctx).Error(err, "Taking down a device of a predecessor", "device", d.Path)
-		}
+func (n *Node) dropPrivate(ctx context.Context, d block.Device) {
+	if d.Use != block.Private {
+		return
+	}
+	if err := n.devices.Detach(ctx, d); err != nil && !errors.Is(err, fault.InUse) {
+		klog.FromContext(ctx).Error(err, "Taking down a device of a predecessor", "device", d.Path)
 	}
 }

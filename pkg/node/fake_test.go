@@ -194,6 +194,13 @@ func (w *world) restart() {
 		}})
 }
 
+// begin is what an agent does when it starts.
+func (w *world) begin() {
+	w.t.Helper()
+	w.node.Start(context.Background())
+	w.ok(w.node.Clean(context.Background()))
+}
+
 // cleanUp takes down whatever a test left below its folder.
 func (w *world) cleanUp() {
 	l := host.NewLocal(host.Exec{})

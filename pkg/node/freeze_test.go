@@ -145,14 +145,14 @@ func TestStartingAgentThawsWhatItFinds(t *testing.T) {
 	w := newWorld(t)
 	h := w.volume("v", 16<<20)
 	w.stage(h, host.Ext4)
-	w.ok(w.node.Start(bg)) // nothing to do
+	w.begin() // nothing to do
 	d, err := os.Open(w.staging(h))
 	w.ok(err)
 	const fifreeze = 0xc0045877
 	w.ok(unix.IoctlSetInt(int(d.Fd()), fifreeze, 0)) // nobody watches over it
 	w.ok(d.Close())
 	w.restart()
-	w.ok(w.node.Start(bg))
+	w.begin()
 	thawed(t, w.staging(h))
 }
 

@@ -72,7 +72,7 @@ type Node struct {
 
 var _ image.Agent = (*Node)(nil)
 
-// New makes a Node. Call Start before serving, and Guard all the while.
+// New makes a Node. Call Start, then Guard, which goes on all the while, and Clean before serving.
 func New(cfg Config) *Node {
 	h := cfg.Host
 	if h == nil {
@@ -89,18 +89,33 @@ func New(cfg Config) *Node {
 	return n
 }
 
-// Start resumes and thaws what a predecessor that died left suspended or frozen,
-// and takes down the devices that it had made for itself. Errors of single ones
-// are logged: one dead server must not keep an agent from starting.
-func (n *Node) Start(ctx context.Context) error {
+// Start resumes what a predecessor that died left suspended. It waits for no storage: what goes on
+// may have to be paused at once, by Guard.
+func (n *Node) Start(ctx context.Context) {
 	log := klog.FromContext(ctx)
-	resumed, err := n.devices.Recover(ctx)
+	resumed, err := n.devices.Resume(ctx)
 	if err != nil {
 		log.Error(err, "Looking for suspended devices")
 	}
 	for _, path := range resumed {
 		log.Info("Resumed a device that was left suspended", "device", path)
 	}
+}
+
+// Clean thaws what a predecessor that died left frozen, and takes down the devices that it had
+// made for itself and what no other uses. Nothing may be served before: a new staging would find
+// layers' devices that know an older store, and a new freeze would be thawed. Errors of
+// single ones are logged, and none waits for another: one dead server must not keep an agent
+// from starting.
+func (n *Node) Clean(ctx context.Context) error {
+	log := klog.FromContext(ctx)
+	var all sync.WaitGroup
+	defer all.Wait()
+	all.Go(func() {
+		if err := n.devices.CollectAll(ctx); err != nil {
+			log.Error(err, "Taking down what a predecessor left")
+		}
+	})
 	devices, err := n.devices.All(ctx)
 	if errors.Is(err, fault.Unavailable) {
 		log.Error(err, "Looking for frozen filesystems")
@@ -109,26 +124,33 @@ func (n *Node) Start(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	n.dropPrivate(ctx, devices)
 	mounts, err := n.host.Mounts()
 	if err != nil {
 		return err
 	}
 	for _, d := range devices {
-		for _, m := range mounts {
-			if m.Source != d.Path || m.Root != "/" || !n.mine(m.Point) {
-				continue
-			}
-			thawed, err := n.host.ThawLeft(ctx, m.Point)
-			if err != nil {
-				log.Error(err, "Thawing what may have been left frozen", "mount", m.Point)
-			} else if thawed {
-				log.Info("Thawed a filesystem that was left frozen", "mount", m.Point, "device", d.Path)
-			}
-			break // one mount stands for the filesystem
-		}
+		all.Go(func() {
+			n.dropPrivate(ctx, d)
+			n.thawLeft(ctx, d, mounts)
+		})
 	}
 	return nil
+}
+
+func (n *Node) thawLeft(ctx context.Context, d block.Device, mounts []host.Mount) {
+	log := klog.FromContext(ctx)
+	for _, m := range mounts {
+		if m.Source != d.Path || m.Root != "/" || !n.mine(m.Point) {
+			continue
+		}
+		thawed, err := n.host.ThawLeft(ctx, m.Point)
+		if err != nil {
+			log.Error(err, "Thawing what may have been left frozen", "mount", m.Point)
+		} else if thawed {
+			log.Info("Thawed a filesystem that was left frozen", "mount", m.Point, "device", d.Path)
+		}
+		return // one mount stands for the filesystem
+	}
 }
 
 // mine says whether a mount point is one that this agent looks after: another
