@@ -125,7 +125,7 @@ func runNode(ctx context.Context, o *nodeOptions) error {
 		return err
 	}
 	agents := &node.Agents{}
-	n := node.New(node.Config{NodeID: o.nodeID, Manager: link, Engines: link.Engine, KubeletDir: o.kubeletDir})
+	n := node.New(node.Config{NodeID: o.nodeID, Manager: link, Engines: link.Engine, Domains: link, KubeletDir: o.kubeletDir})
 	agents.Set(n)
 	work := &mover.Local{Files: mover.New(mover.Options{}), Agents: agents, Engines: link.Engine}
 	metrics.watchHost(n)

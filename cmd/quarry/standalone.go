@@ -61,7 +61,7 @@ func standalone(ctx context.Context, o *options) (err error) {
 	worker := &mover.Local{Files: mover.New(mover.Options{}), Agents: agents}
 	manager := image.New(image.Config{Installation: o.installation, Agents: agents, Worker: worker, Observe: metrics.observe})
 	worker.Engines = manager.Engine
-	agent := node.New(node.Config{NodeID: o.nodeID, Manager: manager, Engines: manager.Engine, KubeletDir: o.kubeletDir})
+	agent := node.New(node.Config{NodeID: o.nodeID, Manager: manager, Engines: manager.Engine, Domains: manager, KubeletDir: o.kubeletDir})
 	agents.Set(agent)
 	metrics.watchDomains(manager)
 	metrics.watchHost(agent)

@@ -41,6 +41,9 @@ type Thin struct {
 	device host.Mapped
 }
 
+// Of says whether the file is a slab of a domain.
+func (t Thin) Of(domain string) bool { return domainOf(t.Name) == domainHash(domain) }
+
 // paused is a device whose I/O waits.
 type paused struct {
 	Thin

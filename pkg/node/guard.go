@@ -12,6 +12,7 @@ import (
 	"k8s.io/klog/v2"
 
 	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/image"
@@ -312,36 +313,64 @@ func (g *guard) waiting(fs uint64) bool {
 // Paused is how many layers wait for space.
 func (n *Node) Paused() int { return len(n.devices.Paused()) }
 
-// storageUsage measures the storage of files, by the path of one of them, or by a mount of the same file
-// system: what an earlier process attached may have a path that nobody sees any more.
+// storageUsage measures the storage of files: by the path of one of them, by a mount of the same file
+// system, or by the domain. What an earlier process attached may have a path that nobody sees any more,
+// and where each mount has a number of its own (FUSE), the file system too.
 func (n *Node) storageUsage(ctx context.Context, of []block.Thin) (host.Usage, error) {
 	ctx, cancel := context.WithTimeout(ctx, lookLimit)
 	defer cancel()
-	path := ""
 	for _, t := range of {
 		if fi, err := n.host.Stat(ctx, t.File); err == nil && fi.Dev == t.FS && fi.Inode == t.Inode {
-			path = t.File
-			break
+			return n.host.Usage(ctx, t.File)
 		}
 	}
-	if path == "" {
-		mounts, err := n.host.Mounts()
-		if err != nil {
-			return host.Usage{}, err
+	mounts, err := n.host.Mounts()
+	if err != nil {
+		return host.Usage{}, err
+	}
+	for _, m := range mounts {
+		// Each subvolume of a btrfs has a number, which its mount does not show.
+		if unix.Mkdev(m.Major, m.Minor) != of[0].FS && m.Type != "btrfs" {
+			continue
 		}
-		for _, m := range mounts {
-			if unix.Mkdev(m.Major, m.Minor) != of[0].FS || path != "" {
-				continue
-			}
-			if fi, err := n.host.Stat(ctx, m.Point); err == nil && fi.Dev == of[0].FS { // nothing covers it
-				path = m.Point
-			}
+		if fi, err := n.host.Stat(ctx, m.Point); err == nil && fi.Dev == of[0].FS { // nothing covers it
+			return n.host.Usage(ctx, m.Point)
 		}
 	}
-	if path == "" {
-		return host.Usage{}, fault.New(fault.Unavailable, "the storage of %s cannot be found: no mount of it is seen from here", of[0].File)
+	return n.domainUsage(ctx, of[0])
+}
+
+// domainUsage measures the storage of a file's domain.
+func (n *Node) domainUsage(ctx context.Context, t block.Thin) (host.Usage, error) {
+	lost := fault.New(fault.Unavailable, "the storage of %s cannot be found: no mount of it is seen from here, and its domain is not open or does not measure it", t.File)
+	if n.cfg.Domains == nil {
+		return host.Usage{}, lost
 	}
-	return n.host.Usage(ctx, path)
+	known := n.cfg.Domains.KnownDomains()
+	i := slices.IndexFunc(known, func(d image.DomainInfo) bool { return t.Of(d.ID) })
+	if i < 0 {
+		return host.Usage{}, lost
+	}
+	e, err := n.cfg.Engines(known[i].ID)
+	if err != nil {
+		return host.Usage{}, err
+	}
+	meter := engine.Discover(e.Engine).Meter
+	if meter == nil {
+		return host.Usage{}, lost
+	}
+	var u engine.Usage
+	err = n.host.Within(ctx, "measure domain "+known[i].ID, lookLimit, func() error {
+		now, err := meter.DomainUsage(context.WithoutCancel(ctx))
+		if err == nil {
+			u = now
+		}
+		return err
+	})
+	if err != nil { // what still hangs may write its result late
+		return host.Usage{}, err
+	}
+	return host.Usage{Total: u.Total, Used: u.Used, Available: u.Available}, nil
 }
 
 // roomFor refuses to stage for writing what would have to wait at once.

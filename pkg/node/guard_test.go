@@ -2,6 +2,8 @@ package node
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -15,9 +17,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/quarry-csi/quarry/pkg/block"
+	"github.com/quarry-csi/quarry/pkg/engine"
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest"
+	"github.com/quarry-csi/quarry/pkg/image"
 	"github.com/quarry-csi/quarry/pkg/layer"
 )
 
@@ -329,4 +333,60 @@ func TestALayerWithoutAllItsSpaceIsNotStagedOnAFullStorage(t *testing.T) {
 	of[0].FS = unix.Mkdev(4095, 77)
 	_, err = w.node.storageUsage(ctx, of)
 	w.fails(err, fault.Unavailable, "cannot be found")
+}
+
+func TestAStorageOnBtrfsIsFoundByItsMount(t *testing.T) {
+	w := newWorld(t)
+	dir := hosttest.Filesystem(t, "btrfs", 256<<20)
+	var st unix.Stat_t
+	w.ok(unix.Stat(dir, &st))
+	want, err := w.node.host.Usage(t.Context(), dir)
+	w.ok(err)
+	got, err := w.node.storageUsage(t.Context(), []block.Thin{{File: "/nonexistent/thin", FS: st.Dev, Inode: 257}})
+	w.ok(err)
+	if got.Total != want.Total {
+		t.Errorf("it has %d bytes, want %d", got.Total, want.Total)
+	}
+}
+
+// metered is a storage that is measured by its engine.
+type metered struct{ engine.Engine }
+
+func (metered) DomainUsage(context.Context) (engine.Usage, error) {
+	return engine.Usage{Total: testTotal, Used: 1 << 30, Available: testTotal - 1<<30}, nil
+}
+
+func (metered) SlabUsage(context.Context, string) (engine.Usage, error) { return engine.Usage{}, nil }
+
+// known are the domains that are open.
+type known []string
+
+func (k known) KnownDomains() (out []image.DomainInfo) {
+	for _, id := range k {
+		out = append(out, image.DomainInfo{ID: id})
+	}
+	return out
+}
+
+// TestAStorageWithoutAMountIsMeasuredByItsDomain, as one that an earlier process mounted by FUSE.
+func TestAStorageWithoutAMountIsMeasuredByItsDomain(t *testing.T) {
+	n := New(Config{NodeID: "n1", Domains: known{"other", "d"}, Engines: func(domain string) (*engine.Users, error) {
+		if domain != "d" {
+			return nil, fault.New(fault.Unavailable, "domain %s is not open", domain)
+		}
+		return engine.NewUsers(metered{}), nil
+	}})
+	of := func(domain string) []block.Thin {
+		sum := sha256.Sum256([]byte(domain))
+		return []block.Thin{{Name: "quarry-s-" + hex.EncodeToString(sum[:4]) + "-1", File: "/nonexistent/thin", FS: unix.Mkdev(4095, 77)}}
+	}
+	got, err := n.storageUsage(t.Context(), of("d"))
+	if err != nil || got.Total != testTotal || got.Available != testTotal-1<<30 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for domain, word := range map[string]string{"other": "not open", "unknown": "cannot be found"} {
+		if _, err := n.storageUsage(t.Context(), of(domain)); !errors.Is(err, fault.Unavailable) || !strings.Contains(err.Error(), word) {
+			t.Errorf("%s: %v", domain, err)
+		}
+	}
 }

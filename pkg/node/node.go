@@ -41,6 +41,8 @@ type Config struct {
 	Manager Manager
 	// Engines finds the engine of an open domain, and who uses its slabs here.
 	Engines func(domain string) (*engine.Users, error)
+	// Domains are those that may be open; nil: none is known.
+	Domains interface{ KnownDomains() []image.DomainInfo }
 	// Host is where the work is done; nil: this host.
 	Host *host.Local
 	// KubeletDir, if not empty, is the folder in which all staging and target
