@@ -247,10 +247,10 @@ func (d *Devices) stopPaused(ctx context.Context, w *world, m host.Mapped) error
 	if t.kind != "snapshot-merge" || !m.Suspended || stays {
 		return nil
 	}
-	if err := d.host().LoadMapped(ctx, m, m.ReadOnly, layered("snapshot", t.under, t.store, t.chunk, t.length)); err != nil {
+	if err := d.flush(ctx, []string{w.path(t.under)}); err != nil { // as stopMerge does
 		return err
 	}
-	return d.flush(ctx, []string{w.path(t.under)}) // as stopMerge does
+	return d.host().LoadMapped(ctx, m, m.ReadOnly, layered("snapshot", t.under, t.store, t.chunk, t.length))
 }
 
 // endFailed gives a suspended device on which a merge has failed the table of a layer, for
@@ -270,11 +270,11 @@ func (d *Devices) endFailed(ctx context.Context, w *world, m host.Mapped) error 
 	} else if under, err = d.pad(ctx, w, m.UUID, t.under, m.Size, m.Size); err != nil {
 		return err
 	}
-	if err := d.host().LoadMapped(ctx, m, m.ReadOnly, layered("snapshot", under, t.store, t.chunk, t.length)); err != nil {
+	if err := d.flush(ctx, []string{w.path(t.under)}); err != nil { // as stopMerge does
 		return err
 	}
 	d.changes.Add(1)
-	return d.flush(ctx, []string{w.path(t.under)})
+	return d.host().LoadMapped(ctx, m, m.ReadOnly, layered("snapshot", under, t.store, t.chunk, t.length))
 }
 
 // goOn ends the suspension of a device. Where a merge has failed it goes on as a layer.
