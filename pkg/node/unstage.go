@@ -58,6 +58,10 @@ func (n *Node) unstage(ctx context.Context, h image.Handle, staging string) erro
 		return err
 	}
 	for _, d := range s.devices {
+		// A program that a predecessor began may not have finished with it: see host.Command.
+		if err := n.host.Unclaimed(ctx, d.Path); err != nil && !errors.Is(err, fault.NotFound) {
+			return err
+		}
 		if err := n.devices.Detach(ctx, d); err != nil {
 			return err
 		}
