@@ -17,7 +17,6 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/quarry-csi/quarry/pkg/admin"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest"
 	"github.com/quarry-csi/quarry/test/gluster"
 	"github.com/quarry-csi/quarry/test/lab"
