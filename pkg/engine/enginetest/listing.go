@@ -105,14 +105,19 @@ func (s suite) TestListingsDuringChanges(t *testing.T) {
 // TestListingSeesWhatOthersDidBefore: rule 5, one change at a time.
 func (s suite) TestListingSeesWhatOthersDidBefore(t *testing.T) {
 	es := s.several(t, 2)
-	kind := describe(t, es[0]).Kinds[0]
+	kinds := describe(t, es[0]).Kinds
 	for i := range s.pick(10, 3) {
+		kind := kinds[i%len(kinds)]
 		maker, lister := es[i%2], es[(i+1)%2]
 		name := fmt.Sprintf("n.%d", i)
 		ok(t, maker.CreateTag(t.Context(), engine.Tag{Name: name}))
 		create(t, maker, name, kind, mib)
 		same(t, "tags", tagNames(t, lister, ""), []string{name})
 		same(t, "slabs", slabIDs(t, lister), []string{name})
+		ok(t, maker.ResizeSlab(t.Context(), name, 2*mib))
+		if have := slabsOf(t, lister)[name].Size; have < 2*mib {
+			t.Errorf("another process has grown the %s slab to %d bytes, the listing says %d", kind, 2*mib, have)
+		}
 		ok(t, maker.DeleteTag(t.Context(), name))
 		ok(t, maker.DeleteSlab(t.Context(), name))
 		same(t, "tags after deletion", tagNames(t, lister, ""), nil)

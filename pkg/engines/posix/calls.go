@@ -41,6 +41,19 @@ func statat(dir *os.File, name string) (st unix.Stat_t, err error) {
 	return st, err
 }
 
+// statNow is statat of type and size as they are now: where a client remembers them (Refresh), it asks its server.
+func (d *Directory) statNow(dir *os.File, name string) (st unix.Stat_t, err error) {
+	if !d.options.Refresh {
+		return statat(dir, name)
+	}
+	var x unix.Statx_t
+	err = uninterrupted(func() error {
+		return unix.Statx(int(dir.Fd()), name, unix.AT_SYMLINK_NOFOLLOW|unix.AT_STATX_FORCE_SYNC, unix.STATX_TYPE|unix.STATX_SIZE, &x)
+	})
+	st.Mode, st.Size = uint32(x.Mode), int64(x.Size)
+	return st, err
+}
+
 func stat(f *os.File) (st unix.Stat_t, err error) {
 	err = uninterrupted(func() error { return unix.Fstat(int(f.Fd()), &st) })
 	return st, err

@@ -140,3 +140,23 @@ func TestWhatCannotBeSeenIsNotGone(t *testing.T) {
 		t.Errorf("the import was not finished: %v", err)
 	}
 }
+
+// TestWhatIsNotFoundWhenItGetsItsNameIsMadeAgain, a few times: the folders are there.
+func TestWhatIsNotFoundWhenItGetsItsNameIsMadeAgain(t *testing.T) {
+	s, _, point := onShare(t)
+	d := openWith(t, point, Options{})
+	for lifted, want := range map[int]error{2: nil, 4: unix.ENOENT} {
+		tries := 0
+		s.Refuse(farfs.Link, unix.ENOENT)
+		err := d.place(d.slabs, fmt.Sprint("after", lifted), func(*os.File) error {
+			if tries++; tries == lifted {
+				s.Refuse(farfs.Link, 0)
+			}
+			return nil
+		})
+		s.Refuse(farfs.Link, 0)
+		if !errors.Is(err, want) || want == nil && err != nil {
+			t.Errorf("found from the %dth time on: %v after %d tries", lifted, err, tries)
+		}
+	}
+}

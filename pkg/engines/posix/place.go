@@ -103,6 +103,11 @@ func named(f *os.File, dir *os.File, name string) (bool, error) {
 // error is fs.ErrExist when the name is taken.
 func (d *Directory) place(dir *os.File, name string, fill func(*os.File) error) error {
 	err := d.tryPlace(dir, name, fill)
+	// Under load an NFS client was seen not to find what it had just made, though the folders were there.
+	const manyTries = 3
+	for tries := 1; tries < manyTries && unmade(err); tries++ {
+		err = d.tryPlace(dir, name, fill)
+	}
 	if errors.Is(Fault(err), fault.Exhausted) {
 		// What is there already is not left undone for want of room.
 		if _, err := statat(dir, name); err == nil {
@@ -110,6 +115,12 @@ func (d *Directory) place(dir *os.File, name string, fill func(*os.File) error) 
 		}
 	}
 	return err
+}
+
+// unmade says whether a link failed because what was to get the name, or the folder for it, was not there.
+func unmade(err error) bool {
+	var link *os.LinkError
+	return errors.As(err, &link) && link.Err == unix.ENOENT && !errors.Is(err, fault.Unavailable)
 }
 
 func (d *Directory) tryPlace(dir *os.File, name string, fill func(*os.File) error) error {

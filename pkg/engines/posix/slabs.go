@@ -219,7 +219,7 @@ func (d *Directory) ListSlabs(ctx context.Context) ([]engine.Slab, error) {
 		if !ours || engine.CheckName("slab ID", id) != nil {
 			return nil
 		}
-		st, err := statat(folder, name)
+		st, err := d.statNow(folder, name)
 		if d.mayBeGone(err) {
 			missing[name] = err // deleted meanwhile
 			return nil
