@@ -204,7 +204,7 @@ func TestCleanRemovesOnlyWhatIsDead(t *testing.T) {
 		file := filepath.Join(path, name)
 		ok(t, os.WriteFile(file, bytes.Repeat([]byte("copied"), 1<<20), 0o600))
 		ok(t, os.Chtimes(file, when, when))
-		if when == old {
+		if when.Equal(old) {
 			dead = append(dead, file)
 		} else {
 			alive = append(alive, file)
