@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -84,6 +85,27 @@ func (l *Local) Format(ctx context.Context, device, fsType string, size int64) e
 // an ext4's superblock in pieces, and it is no filesystem any more when they are killed between two.
 func finishing(name string, args ...string) Command {
 	return Command{Name: name, Args: args, Finish: true}
+}
+
+// finishingOn is the command line of a program of that kind which runs on a device, whoever began it; "" if none is seen.
+func finishingOn(device string) string {
+	all, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		return ""
+	}
+	for _, file := range all {
+		line, err := os.ReadFile(file)
+		if err != nil {
+			continue // it has ended
+		}
+		args := strings.Split(strings.TrimRight(string(line), "\x00"), "\x00")
+		if slices.Contains(args, device) && slices.ContainsFunc(args, func(a string) bool {
+			return slices.Contains([]string{"fsck.ext4", "e2fsck", "resize2fs"}, filepath.Base(a))
+		}) {
+			return strings.Join(args, " ")
+		}
+	}
+	return ""
 }
 
 // tool is a program that changes a device's filesystem.

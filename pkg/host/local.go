@@ -217,7 +217,7 @@ func (l *Local) Within(ctx context.Context, key string, limit time.Duration, f f
 
 // Unclaimed waits until no program and no mount has a device for itself: one
 // that a killed predecessor had started may take a moment to end. fault.InUse:
-// somebody still had it after 10 s.
+// somebody still had it after 10 s. fault.Pending: that is a program which finishes, whoever dies.
 func (l *Local) Unclaimed(ctx context.Context, device string) error {
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -238,6 +238,9 @@ func (l *Local) Unclaimed(ctx context.Context, device string) error {
 		case <-ctx.Done():
 			return fault.New(fault.KindOf(ctx.Err()), "claim %s: %w", device, ctx.Err())
 		case <-patience.C:
+			if c := finishingOn(device); c != "" {
+				return fault.New(fault.Pending, "%s: an earlier agent began \"%s\", which has to end first", device, c)
+			}
 			return fault.New(fault.InUse, "%s is in use by another program, or mounted where this process cannot see it", device)
 		case <-tick.C:
 		}

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/quarry-csi/quarry/pkg/fault"
 	"github.com/quarry-csi/quarry/pkg/host/hosttest/hangfs"
 )
@@ -166,4 +168,29 @@ func testGroup(t *testing.T) string {
 	}
 	t.Log("no control groups to leave here: only the process is killed")
 	return ""
+}
+
+// Whoever comes after a killed agent may find a check of a large filesystem still at work.
+func TestADeviceOnWhichAToolFinishesIsNotFree(t *testing.T) {
+	l, file, mark := slab(t, 1<<20)
+	lp, err := l.AttachLoop(t.Context(), LoopSpec{File: file, Size: 1 << 20, Mark: mark})
+	if err != nil {
+		t.Fatal(err)
+	}
+	claim, err := os.OpenFile(lp.Path, os.O_RDONLY|unix.O_EXCL, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer claim.Close()
+	if err := within(t, "claiming", func() error { return l.Unclaimed(t.Context(), lp.Path) }); !errors.Is(err, fault.InUse) {
+		t.Errorf("claimed by another program: %v", err)
+	}
+	c := exec.Command("sh", "-c", "sleep 60; :", "e2fsck", "-a", lp.Path)
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = c.Process.Kill(); _ = c.Wait() }()
+	if err := within(t, "claiming", func() error { return l.Unclaimed(t.Context(), lp.Path) }); !errors.Is(err, fault.Pending) || !contains(err, "e2fsck -a "+lp.Path) {
+		t.Errorf("claimed by a check: %v", err)
+	}
 }
