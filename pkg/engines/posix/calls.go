@@ -90,10 +90,16 @@ func descriptor(dir *os.File, name string, flags int) (fd int, err error) {
 	if flags&unix.O_DIRECTORY == 0 {
 		flags |= unix.O_NONBLOCK
 	}
-	err = uninterrupted(func() (err error) {
+	open := func() (err error) {
 		fd, err = unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		return err
-	})
+	}
+	if err = uninterrupted(open); err == unix.ENOENT {
+		// An SMB client trusts for a second that a name is not there, but not when it is only looked at.
+		if _, there := statat(dir, name); there == nil {
+			err = uninterrupted(open)
+		}
+	}
 	return fd, err
 }
 
