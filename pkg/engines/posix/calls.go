@@ -85,21 +85,24 @@ func openat(dir *os.File, name string, flags int) (*os.File, error) {
 	return os.NewFile(uintptr(fd), path), nil
 }
 
+// thereAfterAll says whether a name that was not found when it was opened is there for who only looks at it (see Options.LateNames).
+func (d *Directory) thereAfterAll(dir *os.File, name string) bool {
+	if !d.options.LateNames {
+		return false
+	}
+	_, err := statat(dir, name)
+	return err == nil
+}
+
 // descriptor is openat for one who reads at once and has no use for an os.File.
 func descriptor(dir *os.File, name string, flags int) (fd int, err error) {
 	if flags&unix.O_DIRECTORY == 0 {
 		flags |= unix.O_NONBLOCK
 	}
-	open := func() (err error) {
+	err = uninterrupted(func() (err error) {
 		fd, err = unix.Openat(int(dir.Fd()), name, flags|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
 		return err
-	}
-	if err = uninterrupted(open); err == unix.ENOENT {
-		// An SMB client trusts for a second that a name is not there, but not when it is only looked at.
-		if _, there := statat(dir, name); there == nil {
-			err = uninterrupted(open)
-		}
-	}
+	})
 	return fd, err
 }
 

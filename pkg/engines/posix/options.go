@@ -30,6 +30,9 @@ type Options struct {
 	// DeletePending says that what was deleted while another host has it open is listed until that one closes it, and
 	// is EBUSY or ENOENT for everybody else who opens it or looks at it (SMB: which of them, the kernel's version says).
 	DeletePending bool
+	// LateNames says that a client which has not found a name trusts for a while that it is not there, when it opens
+	// it, but not when it only looks at it (SMB: for a second).
+	LateNames bool
 	// NoLeases says that a lease on a file (fcntl) does not tell whether somebody on this host has it
 	// open: the client of a share gives one only where its server gave it the file.
 	NoLeases bool

@@ -182,6 +182,9 @@ func (d *Directory) class(name string, create bool) (*os.File, error) {
 		d.classes.Store(class, nil)
 	}
 	f, err := openat(d.tags, d.onDisk(class), unix.O_RDONLY|unix.O_DIRECTORY)
+	if errors.Is(err, fs.ErrNotExist) && d.thereAfterAll(d.tags, d.onDisk(class)) {
+		f, err = openat(d.tags, d.onDisk(class), unix.O_RDONLY|unix.O_DIRECTORY)
+	}
 	if errors.Is(err, fs.ErrNotExist) {
 		d.classes.Delete(class) // removed from outside: the next creation makes it again
 	}
@@ -212,6 +215,9 @@ func tagSum(name, slab string, record []byte) uint32 {
 func (d *Directory) readTag(dir *os.File, name string, buf *tagBuffer) (engine.Tag, error) {
 	bad := engine.Tag{Name: name}
 	fd, err := descriptor(dir, d.onDisk(name), unix.O_RDONLY)
+	if err == unix.ENOENT && d.thereAfterAll(dir, d.onDisk(name)) {
+		fd, err = descriptor(dir, d.onDisk(name), unix.O_RDONLY)
+	}
 	if err == nil {
 		defer unix.Close(fd)
 		var n int

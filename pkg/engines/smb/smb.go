@@ -48,7 +48,7 @@ func Open(ctx context.Context, params, secrets map[string]string, local *host.Lo
 		TreesApart:   true,
 		Copies:       true,
 		Posix: posix.Options{
-			Decorate: true, NoDirSync: true, NoOwner: true, DeletePending: true,
+			Decorate: true, NoDirSync: true, NoOwner: true, DeletePending: true, LateNames: true,
 			// Locks are this host's own (nobrl), and known to all of its processes that share a connection.
 			NoLocks: slices.Contains(v.options, "nosharesock"),
 		},
