@@ -1,6 +1,7 @@
 package posix
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"unsafe"
@@ -83,6 +84,15 @@ func openat(dir *os.File, name string, flags int) (*os.File, error) {
 		return nil, &os.PathError{Op: "open", Path: path, Err: err}
 	}
 	return os.NewFile(uintptr(fd), path), nil
+}
+
+// openFolder opens a folder in another.
+func (d *Directory) openFolder(dir *os.File, name string) (*os.File, error) {
+	f, err := openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	if errors.Is(err, unix.ENOENT) && d.thereAfterAll(dir, name) {
+		f, err = openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
+	}
+	return f, err
 }
 
 // thereAfterAll says whether a name that was not found when it was opened is there for who only looks at it (see Options.LateNames).

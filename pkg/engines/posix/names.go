@@ -68,7 +68,7 @@ func (d *Directory) refresh(folder *os.File) error {
 // each calls do for every name in the folder dir/name.
 func (d *Directory) each(ctx context.Context, dir *os.File, name string, do func(folder *os.File, name string) error) error {
 	if d.options.Refresh {
-		folder, err := openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY)
+		folder, err := d.openFolder(dir, name)
 		if err != nil {
 			return err
 		}
@@ -76,7 +76,7 @@ func (d *Directory) each(ctx context.Context, dir *os.File, name string, do func
 			return err
 		}
 	}
-	folder, err := openat(dir, name, unix.O_RDONLY|unix.O_DIRECTORY) // after that: some show what was there at their opening
+	folder, err := d.openFolder(dir, name) // after that: some show what was there at their opening
 	if err != nil {
 		return err
 	}

@@ -181,10 +181,7 @@ func (d *Directory) class(name string, create bool) (*os.File, error) {
 		}
 		d.classes.Store(class, nil)
 	}
-	f, err := openat(d.tags, d.onDisk(class), unix.O_RDONLY|unix.O_DIRECTORY)
-	if errors.Is(err, fs.ErrNotExist) && d.thereAfterAll(d.tags, d.onDisk(class)) {
-		f, err = openat(d.tags, d.onDisk(class), unix.O_RDONLY|unix.O_DIRECTORY)
-	}
+	f, err := d.openFolder(d.tags, d.onDisk(class))
 	if errors.Is(err, fs.ErrNotExist) {
 		d.classes.Delete(class) // removed from outside: the next creation makes it again
 	}
